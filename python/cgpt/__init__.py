@@ -1,0 +1,1 @@
+"""The thin trainer: text goes in one door, a trained GPT comes out of the other."""
