@@ -1,0 +1,79 @@
+"""Which implementation serves which op on which device: one literal table, and the measurement that chose it.
+
+Implementations: `native` (csrc/, C++ on a CPU, CUDA on a GPU), `triton` (cgpt_ext/triton/) and `reference` (the
+`<op>_ref` beside each op: plain torch, any device, only when asked for by name). Nothing falls back by itself.
+"""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from cgpt_ext import _native
+
+# op -> device type -> (implementation, why)
+TABLE: dict[str, dict[str, tuple[str, str]]] = {
+    "layer_norm": {"cpu": ("native", "one pass over memory a direction; torch reads bf16 through fp32 copies")},
+}
+
+_chosen: ContextVar[dict[str, str] | None] = ContextVar("cgpt_ext_implementation", default=None)
+
+
+def implementation(op: str, device: str) -> str:
+    """The implementation that serves `op` on tensors of this `torch.device.type`.
+
+    Raises ValueError, naming the devices there are, where there is none.
+    """
+    row = TABLE[op]
+    if device not in row:
+        raise ValueError(f"{op}: tensors must be on {' or '.join(row)}, got {device}")
+    chosen = _chosen.get()
+    return row[device][0] if chosen is None else chosen.get(op, row[device][0])
+
+
+def reference_chosen(op: str) -> bool:
+    """Whether `with use(op="reference")` is in force; compiled graphs keep what they were compiled with."""
+    if torch.compiler.is_compiling():
+        return False
+    chosen = _chosen.get()
+    return chosen is not None and chosen.get(op) == "reference"
+
+
+@contextmanager
+def use(**chosen: str):
+    """`with use(adamw="triton"):` serves ops by the named implementation in this thread or task: tests and benches."""
+    for op, name in chosen.items():
+        if op not in TABLE:
+            raise ValueError(f"dispatch: op must be one of {', '.join(TABLE)}, got {op}")
+        if name not in ("native", "triton", "reference"):
+            raise ValueError(f"dispatch: {op} must be native, triton or reference, got {name}")
+    token = _chosen.set({**(_chosen.get() or {}), **chosen})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@contextmanager
+def cpu_isa(name: str):
+    """`with cpu_isa("avx2"):` runs the CPU kernels of that instruction set, in the whole process.
+
+    Raises ValueError naming those this machine can run.
+    """
+    before = _native.cpu_isa()
+    _native.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        _native.set_cpu_isa(before)
+
+
+def report() -> dict:
+    """What serves each op here and why, and what the native module found on this machine."""
+    return {
+        "cpu": {"isa": _native.cpu_isa(), "available": _native.cpu_isas(), "threads": _native.num_threads()},
+        "ops": {
+            op: {device: {"implementation": name, "why": why} for device, (name, why) in row.items()}
+            for op, row in TABLE.items()
+        },
+    }

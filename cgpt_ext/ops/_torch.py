@@ -1,0 +1,34 @@
+"""What every op's file needs from torch: registration, and the test for calling a kernel without the dispatcher.
+
+torch.library's define/impl costs 2.3 us a call where custom_op costs 8 to 11, and a direct call 0.5: so eager calls
+on plain tensors skip the dispatcher, and everything else (torch.compile, fake and meta tensors, subclasses such as
+DTensor) goes through the registered op, whose fake tells torch the shapes and strides.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def direct(x: torch.Tensor) -> bool:
+    """Whether a launcher may be called on `x` as it is, without torch's dispatcher."""
+    return type(x) in _PLAIN and not torch.compiler.is_compiling() and x.device.type != "meta"
+
+
+def register(schema: str, launch: Callable, fake: Callable) -> Callable:
+    """Defines `cgpt_ext::<schema>`, served by `launch` on CPU and CUDA, and returns it as a function."""
+    name = "cgpt_ext::" + schema[: schema.index("(")]
+    torch.library.define(name, schema[schema.index("(") :])
+    torch.library.impl(name, ("cpu", "cuda"), launch)
+    torch.library.register_fake(name, fake)
+    namespace, op = name.split("::")
+    return getattr(getattr(torch.ops, namespace), op).default
+
+
+def check_tensors(op: str, **arguments: torch.Tensor | None) -> None:
+    """Raises TypeError naming the first argument that is neither a tensor nor None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")

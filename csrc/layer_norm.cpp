@@ -1,0 +1,76 @@
+// The border of layer_norm: x, residual, y, h, dout, dh, dx (..., D) contiguous in one of fp32, bf16, fp16;
+// weight, bias, dweight, dbias (D,) in that dtype or fp32; mean, rstd (rows,) fp32.
+#include "layer_norm.h"
+
+#include "check.h"
+
+namespace cgpt {
+namespace {
+
+constexpr const char* kOp = "layer_norm";
+
+void check_like(const char* name, const View& v, const View& x) {
+    Arg arg(kOp, name, v);
+    arg.on(x).dtype({x.dtype}).contiguous();
+    bool same = v.ndim == x.ndim;
+    for (int i = 0; same && i < x.ndim; ++i) same = v.size[i] == x.size[i];
+    if (!same) fail(kOp, name, shape_of(x), shape_of(v));
+}
+
+void check_weight(const char* name, const View& v, const View& x, DType dtype) {
+    Arg(kOp, name, v).on(x).dtype({dtype}).shape({x.size[x.ndim - 1]}).contiguous();
+}
+
+void check_statistic(const char* name, const View& v, const View& x, int64_t rows) {
+    Arg(kOp, name, v).on(x).dtype({DType::f32}).shape({rows}).contiguous();
+}
+
+int64_t check_x(const char* name, const View& x) {
+    Arg(kOp, name, x).dtype(kFloats).contiguous();
+    if (x.ndim == 0) fail(kOp, name, "at least 1-dimensional", "a scalar");
+    if (x.size[x.ndim - 1] == 0) fail(kOp, name, "non-empty in its last dimension", shape_of(x));
+    return x.numel() / x.size[x.ndim - 1];
+}
+
+}  // namespace
+
+void layer_norm_fwd(const View& x, const std::optional<View>& residual, const View& weight,
+                    const std::optional<View>& bias, double eps, const View& y, const std::optional<View>& h,
+                    const std::optional<View>& mean, const std::optional<View>& rstd) {
+    const int64_t rows = check_x("x", x);
+    Arg(kOp, "weight", weight).dtype({x.dtype, DType::f32});
+    check_weight("weight", weight, x, weight.dtype);
+    if (bias) check_weight("bias", *bias, x, weight.dtype);
+    if (residual) check_like("residual", *residual, x);
+    check_like("y", y, x);
+    if (residual.has_value() != h.has_value()) fail(kOp, "h", "given exactly when residual is", "one of them");
+    if (h) check_like("h", *h, x);
+    if (mean.has_value() != rstd.has_value()) fail(kOp, "rstd", "given exactly when mean is", "one of them");
+    if (mean) check_statistic("mean", *mean, x, rows);
+    if (rstd) check_statistic("rstd", *rstd, x, rows);
+    if (x.device != Device::cpu) fail_device(kOp, x);
+    layer_norm_fwd_cpu({x.data, data_or_null<void>(residual), weight.data, data_or_null<void>(bias), y.data,
+                        data_or_null<void>(h), data_or_null<float>(mean), data_or_null<float>(rstd), rows,
+                        x.size[x.ndim - 1], static_cast<float>(eps), x.dtype, weight.dtype});
+}
+
+void layer_norm_bwd(const View& dout, const std::optional<View>& dh, const View& h, const View& weight,
+                    const View& mean, const View& rstd, const View& dx, const View& dweight,
+                    const std::optional<View>& dbias) {
+    const int64_t rows = check_x("x", h);
+    Arg(kOp, "weight", weight).dtype({h.dtype, DType::f32});
+    check_weight("weight", weight, h, weight.dtype);
+    check_like("dout", dout, h);
+    if (dh) check_like("dh", *dh, h);
+    check_like("dx", dx, h);
+    check_weight("dweight", dweight, h, weight.dtype);
+    if (dbias) check_weight("dbias", *dbias, h, weight.dtype);
+    check_statistic("mean", mean, h, rows);
+    check_statistic("rstd", rstd, h, rows);
+    if (h.device != Device::cpu) fail_device(kOp, h);
+    layer_norm_bwd_cpu({dout.data, data_or_null<void>(dh), h.data, weight.data, mean.as<float>(), rstd.as<float>(),
+                        dx.data, dweight.data, data_or_null<void>(dbias), rows, h.size[h.ndim - 1], h.dtype,
+                        weight.dtype});
+}
+
+}  // namespace cgpt

@@ -1,0 +1,33 @@
+// Everything Python may call. Tensors arrive as Views (tensor.h), the border functions check them, kernels
+// run without the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/threads.h"
+#include "layer_norm.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+using namespace cgpt;
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "Native kernels of cgpt_ext. Call them through cgpt_ext.ops.";
+    py::register_exception_translator([](std::exception_ptr p) {
+        try {
+            if (p) std::rethrow_exception(p);
+        } catch (const TypeError& e) {
+            PyErr_SetString(PyExc_TypeError, e.what());
+        }
+    });
+
+    m.def("cpu_isa", &cpu_isa_name);
+    m.def("cpu_isas", &cpu_isas);
+    m.def("set_cpu_isa", &set_cpu_isa);
+    m.def("num_threads", &num_threads);
+    m.def("use_python_attributes", &use_python_attributes);
+
+    const auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
+    m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
+}

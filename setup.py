@@ -1,0 +1,143 @@
+"""Builds cgpt_ext._native: one pybind11 module, no torch header, g++ (and nvcc when there) driven by ninja.
+
+CGPT_CUDA=auto|0|1     add the CUDA kernels when nvcc is found (auto), never, or insist
+CGPT_CUDA_ARCHS=80;90a the architectures to compile them for
+CXX, NVCC              the compilers
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+# gcc 12 takes its own AVX-512 headers for uninitialised reads (GCC bug 105593): that warning is off.
+# Contraction is off so that a*b+c means two roundings unless the kernel says fma: CPU and CUDA must agree bit for bit.
+CXXFLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-maybe-uninitialized"
+).split()
+ISAS = {"scalar": []}
+if platform.machine() == "x86_64":
+    ISAS["avx2"] = "-mavx2 -mfma -mf16c".split()
+    ISAS["avx512"] = [
+        *ISAS["avx2"],
+        *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
+    ]
+
+
+def cuda_home():
+    """The CUDA toolkit's root, or None where the build is to do without."""
+    wish = os.environ.get("CGPT_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        sys.exit(f"CGPT_CUDA must be auto, 0 or 1, got {wish!r}")
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if wish == "0":
+        return None
+    if nvcc is None:
+        if wish == "1":
+            sys.exit("CGPT_CUDA=1 but there is no nvcc on PATH, in NVCC or in /usr/local/cuda/bin")
+        return None
+    # nvcc may be a link or a wrapper script: it alone knows where it lives.
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
+    if top is None:
+        sys.exit(f"{nvcc} --dryrun does not say where the toolkit is: {dry.stderr.strip() or 'no output'}")
+    return Path(top[1]).resolve()
+
+
+def gencode():
+    """nvcc's flags for each architecture: machine code for all, PTX of the lowest for those that come later."""
+    archs = os.environ.get("CGPT_CUDA_ARCHS", "80;90a").split(";")
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
+
+
+class Ninja:
+    """A build.ninja file: rules, one edge per object, one link."""
+
+    def __init__(self):
+        self.lines = ["ninja_required_version = 1.5"]
+        self.objects = []
+
+    def rule(self, name, command, depfile=True):
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        if depfile:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule, source, name, flags=""):
+        obj = f"{name}.o"
+        self.lines += [f"build {obj}: {rule} {escape(source)}", f"  flags = {flags}"]
+        self.objects.append(obj)
+
+    def link(self, rule, target):
+        self.lines += [
+            f"build {escape(target)}: {rule} {' '.join(self.objects)}",
+            f"default {escape(target)}",
+        ]
+
+
+def escape(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def quote(path):
+    return f"'{path}'".replace("$", "$$")
+
+
+class NinjaBuildExt(build_ext):
+    """One ninja run with both languages in it, so that every core is busy from the first file to the last."""
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        work = Path(self.build_temp).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        csrc = ROOT / "csrc"
+        home = cuda_home()
+        includes = " ".join(f"-isystem {quote(p)}" for p in (pybind11.get_include(), sysconfig.get_path("include")))
+        defines = "-DCGPT_CUDA" if home else ""
+        cxx = os.environ.get("CXX", "g++")
+        file = Ninja()
+        file.rule("cxx", f"{cxx} {' '.join(CXXFLAGS)} {defines} {includes} $flags -MMD -MF $out.d -c $in -o $out")
+        for source in sorted(csrc.glob("*.cpp")):
+            file.compile("cxx", source, source.stem)
+        shared = {"isa.cpp", "threads.cpp"}
+        for source in sorted((csrc / "cpu").glob("*.cpp")):
+            if source.name in shared:
+                file.compile("cxx", source, f"cpu_{source.stem}")
+                continue
+            for isa, flags in ISAS.items():
+                file.compile("cxx", source, f"cpu_{source.stem}_{isa}", " ".join([f"-DCGPT_ISA={isa}", *flags]))
+        libraries = "-ldl -lpthread"
+        if home:
+            host = "-fPIC,-fvisibility=hidden"
+            file.rule(
+                "nvcc",
+                f"{quote(home / 'bin' / 'nvcc')} -std=c++17 -O3 -fmad=false -ccbin {cxx} -Xcompiler {host}"
+                f" {' '.join(gencode())} $flags -MD -MF $out.d -c $in -o $out",
+            )
+            for source in sorted((csrc / "cuda").glob("*.cu")):
+                file.compile("nvcc", source, f"cuda_{source.stem}")
+            libraries = f"-L{quote(home / 'lib64')} -L{quote(home / 'lib')} -lcudart_static -lrt {libraries}"
+        file.rule("link", f"{cxx} -shared -Wl,--exclude-libs,ALL -s $in {libraries} -o $out", depfile=False)
+        file.link("link", target)
+        (work / "build.ninja").write_text("\n".join(file.lines) + "\n")
+
+        executable = Path(ninja.BIN_DIR) / "ninja"
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        if subprocess.run([executable, *jobs], cwd=work, check=False).returncode:
+            sys.exit("the native module did not compile; the compiler's own words are above")
+
+
+setup(ext_modules=[Extension("cgpt_ext._native", sources=[])], cmdclass={"build_ext": NinjaBuildExt})
