@@ -21,10 +21,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
-# gcc 12 takes its own AVX-512 headers for uninitialised reads (GCC bug 105593): that warning is off.
+# gcc 12 takes its own AVX-512 headers for uninitialised reads (GCC bug 105593): those warnings are off.
 # Contraction is off so that a*b+c means two roundings unless the kernel says fma: CPU and CUDA must agree bit for bit.
 CXXFLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-maybe-uninitialized"
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
 ).split()
 ISAS = {"scalar": []}
 if platform.machine() == "x86_64":
