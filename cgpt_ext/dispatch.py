@@ -13,6 +13,12 @@ from cgpt_ext import _native
 
 # op -> device type -> (implementation, why)
 TABLE: dict[str, dict[str, tuple[str, str]]] = {
+    "cross_entropy": {
+        "cpu": (
+            "native",
+            "one pass a row between torch's GEMMs, by chunks of tokens; torch holds all logits several times",
+        )
+    },
     "layer_norm": {"cpu": ("native", "one pass over memory a direction; torch reads bf16 through fp32 copies")},
 }
 

@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/threads.h"
+#include "cross_entropy.h"
 #include "layer_norm.h"
 #include "tensor.h"
 
@@ -28,6 +29,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("use_python_attributes", &use_python_attributes);
 
     const auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def("cross_entropy_check", &cross_entropy_check, nogil);
+    m.def("cross_entropy_rows", &cross_entropy_rows, nogil);
+    m.def("cross_entropy_add", &cross_entropy_add, nogil);
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
 }
