@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import check_tensors, direct, register
+from cgpt_ext.ops._torch import autocast, check_tensors, direct, register
 
 # A chunk's logits: 1335 tokens of bf16 at V = 50257, enough that summing dW over the chunks costs little beside the
 # products, and about what dW itself takes.
@@ -49,6 +49,8 @@ def cross_entropy(
         vocab_size: how many rows of a padded weight are real; the others take no part and get gradient 0.
         chunk_tokens: tokens a chunk; by default as many as keep a chunk's logits within 128 MiB.
 
+    Under torch.autocast x and weight are cast first, as torch.nn.functional.linear casts its own.
+
     Returns:
         fp32: a scalar, or (N,) for "none". The mean of no target at all is NaN with gradient 0, as torch's is.
 
@@ -62,8 +64,16 @@ def cross_entropy(
     check_tensors("cross_entropy", x=x, weight=weight, target=target)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"cross_entropy: reduction must be mean, sum or none, got {reduction}")
+    _check_int("ignore_index", ignore_index)
+    if vocab_size is not None:
+        _check_int("vocab_size", vocab_size)
+    if isinstance(z_loss, bool) or not isinstance(z_loss, (int, float)):
+        raise TypeError(f"cross_entropy: z_loss must be a number, got {type(z_loss).__name__}")
+    if chunk_tokens is not None:
+        _check_int("chunk_tokens", chunk_tokens)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"cross_entropy: chunk_tokens must be at least 1, got {chunk_tokens}")
+    x, weight = autocast(x, weight)
     if reference_chosen("cross_entropy"):
         return cross_entropy_ref(x, weight, target, ignore_index, z_loss, reduction, vocab_size)
     if vocab_size is None:
@@ -93,6 +103,11 @@ def cross_entropy_ref(
     if reduction == "none":
         return loss
     return loss.sum() / kept.sum() if reduction == "mean" else loss.sum()
+
+
+def _check_int(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"cross_entropy: {name} must be an int, got {type(value).__name__}")
 
 
 class _CrossEntropy(torch.autograd.Function):
