@@ -2,11 +2,11 @@
 
     text --(pattern)--> pieces --(UTF-8 bytes, merged by lowest rank)--> ids in [0, 50257)
 
-The shipped merge list alone fixes every id: the 256 single bytes come first (the 188 that print, then the other 68,
-each group in byte order), then one id per merge line in order, then `<|endoftext|>`. The encoding itself runs in
-tiktoken's native code; its own `gpt2` is the same table, fetched over the network.
+The shipped merge list alone fixes every id: the 256 single bytes come first (the 188 that print, then the
+other 68, each group in byte order), then one id per merge line in order, then `<|endoftext|>`. The encoding
+itself runs in tiktoken's native code; its own `gpt2` is the same table, fetched over the network.
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; vocab.bpe is OpenAI's (MIT).
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; vocab.bpe is OpenAI's, MIT.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ def _merge_lines() -> list[str]:
     plain = lzma.decompress(packed)
     got = hashlib.sha256(plain).hexdigest()
     if got != MERGES_SHA256:
-        raise RuntimeError(f"assets/vocab.bpe.xz: wanted sha256 {MERGES_SHA256}, got {got}; reinstall the package")
+        raise RuntimeError(
+            f"assets/vocab.bpe.xz: wanted sha256 {MERGES_SHA256}, got {got}; reinstall cgpt-ext"
+        )
     return plain.decode("utf-8").split("\n")[1:-1]  # the first line is a version comment
 
 
 @functools.cache
 def _byte_strings() -> tuple[bytes, ...]:
     """The bytes behind every id but `<|endoftext|>`, in id order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
     # The merge list is text, so bytes that do not print stand in it as the characters from U+0100 on.
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     strings = [bytes([byte]) for byte in printable + others]
@@ -55,8 +57,8 @@ def _byte_strings() -> tuple[bytes, ...]:
 def gpt2() -> tiktoken.Encoding:
     """The GPT-2 encoding (50257 ids), built once per process in about 0.1 s.
 
-    `encode_ordinary` never produces `<|endoftext|>`, whatever the text says. Raises RuntimeError if the shipped merge
-    list is not the published one.
+    `encode_ordinary` never produces `<|endoftext|>`, whatever the text says. Raises RuntimeError if the shipped
+    merge list is not the published one.
     """
     return tiktoken.Encoding(
         name="gpt2",
@@ -69,7 +71,7 @@ def gpt2() -> tiktoken.Encoding:
 
 @functools.cache
 def vocabulary_hash() -> str:
-    """sha256 (hex) of everything that decides which ids a text becomes: pattern, byte strings in id order, EOT."""
+    """sha256 (hex) of all that decides which ids a text becomes: pattern, byte strings in id order, EOT."""
     digest = hashlib.sha256(PATTERN.encode())
     for string in _byte_strings():
         digest.update(len(string).to_bytes(4, "little") + string)
@@ -89,6 +91,6 @@ def _token_lengths() -> np.ndarray:
 def bytes_of(tokens: np.ndarray) -> int:
     """UTF-8 bytes that `tokens` (integers of any shape, ids under 50257) decode to, EOT counting as none.
 
-    Bits per byte of a text is loss in nats x tokens / (ln 2 x bytes_of(tokens)). Raises IndexError past the vocabulary.
+    Bits per byte is loss in nats x tokens / (ln 2 x bytes_of(tokens)). Raises IndexError past the vocabulary.
     """
     return int(_token_lengths()[np.asarray(tokens)].sum())
