@@ -1,7 +1,7 @@
 """Where text comes from: files, folders and built-in corpora, read as one ordered stream of documents.
 
-A `.txt` file is one document, a `.jsonl` line with a `text` field is one, a Python source file is one. The order
-is fixed (sources as given, folders sorted by relative path), so the stream is the same on every machine.
+A `.txt` file is one document, a `.jsonl` line with a `text` field is one, a Python source file is one. The
+order is fixed (sources as given, folders sorted by relative path), so the stream is the same on every machine.
 Every reader is a generator over bounded chunks: a file larger than memory passes through.
 """
 
@@ -34,8 +34,8 @@ ZST_CHUNK = 1 << 16  # bytes of a .zst read at once: all that they inflate to co
 NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 DAMAGE = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
-# GPT-2's pattern never matches across the start of a run of white space, and looks ahead only inside such a run.
-# So text cut just before one gives the same tokens in two parts as in one.
+# GPT-2's pattern never matches across the start of a run of white space, and looks ahead only inside such a
+# run. So text cut just before one gives the same tokens in two parts as in one.
 SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
 
 
@@ -49,7 +49,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of one source, in reading order. `name` enters the dataset's metadata, so it holds no folder."""
+    """The files of one source, in reading order. `name` enters the dataset's metadata: it holds no folder."""
 
     name: str
     root: Path
@@ -75,8 +75,8 @@ class Corpus:
 def find(source: str | Path) -> Corpus:
     """The corpus behind a built-in name, a text file, or a folder of text files (searched recursively).
 
-    A built-in name wins over a file of that name: `./moby-dick` means the file. Raises InputError where nothing is
-    there, the suffix is unknown, a file is empty, or a folder holds no text.
+    A built-in name wins over a file of that name: `./moby-dick` means the file. Raises InputError where nothing
+    is there, the suffix is unknown, a file is empty, or a folder holds no text.
     """
     if source == "moby-dick":
         assets = Path(__file__).parent / "assets"
@@ -112,8 +112,8 @@ def find(source: str | Path) -> Corpus:
 def read(corpus: Corpus, skipped: Counter[str]) -> Iterator[Piece]:
     """All pieces of `corpus` in order, none of them empty; what was passed over is counted in `skipped`.
 
-    Raises InputError for text that is not UTF-8 or holds NUL bytes, JSON lines without a string `text`, and archives
-    that do not unpack; OSError where a file cannot be read.
+    Raises InputError for text that is not UTF-8 or holds NUL bytes, JSON lines without a string `text`, and
+    archives that do not unpack; OSError where a file cannot be read.
     """
     if corpus.ignored:
         skipped["files of other kinds"] += corpus.ignored
@@ -130,7 +130,7 @@ def read(corpus: Corpus, skipped: Counter[str]) -> Iterator[Piece]:
 
 
 def _walk(root: Path, skip: frozenset[str] = frozenset()) -> list[Path]:
-    """Files under `root`, but hidden ones and folders named in `skip`, sorted by the parts of their relative path."""
+    """Files under `root`, but hidden ones and folders named in `skip`, sorted by the parts of their path."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -219,11 +219,11 @@ def _txt(path: Path, chunks: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
         _refuse_nul(path, chunk, offset)
         offset += len(chunk)
         fresh = _decoded(path, decoder.decode, chunk, offset)
-        if held and (cut := SAFE_CUT.search(held + fresh, len(held))):
-            held, fresh = "", held + fresh
-            yield fresh[: cut.start()], False
-            fresh = fresh[cut.start() :]
+        cut = SAFE_CUT.search(held + fresh, len(held)) if held else None
         held += fresh
+        if cut:
+            yield held[: cut.start()], False
+            held = held[cut.start() :]
     yield held + _decoded(path, lambda rest: decoder.decode(rest, final=True), b"", offset), True
 
 

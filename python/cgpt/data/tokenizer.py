@@ -6,7 +6,7 @@ The shipped merge list alone fixes every id: the 256 single bytes come first (th
 other 68, each group in byte order), then one id per merge line in order, then `<|endoftext|>`. The encoding
 itself runs in tiktoken's native code; its own `gpt2` is the same table, fetched over the network.
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; vocab.bpe is OpenAI's, MIT.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; vocab.bpe: OpenAI, MIT.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _byte_strings() -> tuple[bytes, ...]:
 def gpt2() -> tiktoken.Encoding:
     """The GPT-2 encoding (50257 ids), built once per process in about 0.1 s.
 
-    `encode_ordinary` never produces `<|endoftext|>`, whatever the text says. Raises RuntimeError if the shipped
-    merge list is not the published one.
+    `encode_ordinary` never produces `<|endoftext|>`, whatever the text says. Raises RuntimeError if the
+    shipped merge list is not the published one.
     """
     return tiktoken.Encoding(
         name="gpt2",
