@@ -1,7 +1,7 @@
 """Where text comes from: files, folders and built-in corpora, read as one ordered stream of documents.
 
 A `.txt` file is one document, a `.jsonl` line with a `text` field is one, a Python source file is one. The
-order is fixed (sources as given, folders sorted by relative path), so the stream is the same on every machine.
+order is fixed (sources as given, folders sorted by relative path): the stream is the same on every machine.
 Every reader is a generator over bounded chunks: a file larger than memory passes through.
 """
 
@@ -19,6 +19,7 @@ import tokenize
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -62,9 +63,8 @@ class Corpus:
         digest = hashlib.sha256(self.name.encode("utf-8", "surrogateescape"))
         for path in self.files:
             stat = path.stat()
-            digest.update(
-                json.dumps([str(path.relative_to(self.root)), stat.st_size, stat.st_mtime_ns]).encode()
-            )
+            row = [str(path.relative_to(self.root)), stat.st_size, stat.st_mtime_ns]
+            digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
     def size(self) -> int:
@@ -75,8 +75,8 @@ class Corpus:
 def find(source: str | Path) -> Corpus:
     """The corpus behind a built-in name, a text file, or a folder of text files (searched recursively).
 
-    A built-in name wins over a file of that name: `./moby-dick` means the file. Raises InputError where nothing
-    is there, the suffix is unknown, a file is empty, or a folder holds no text.
+    A built-in name wins over a file of that name: `./moby-dick` means the file. Raises InputError where
+    nothing is there, the suffix is unknown, a file is empty, or a folder holds no text.
     """
     if source == "moby-dick":
         assets = Path(__file__).parent / "assets"
@@ -94,14 +94,10 @@ def find(source: str | Path) -> Corpus:
         everything = _walk(path)
         files = tuple(each for each in everything if _is_text(each))
         if not files:
-            raise InputError(
-                f"{path}: wanted a folder holding {wanted} files, got {len(everything)} other files"
-            )
+            raise InputError(f"{path}: wanted a folder of {wanted} files, got {len(everything)} others")
         return Corpus(path.resolve().name, path, files, ignored=len(everything) - len(files))
     if not path.exists():
-        raise InputError(
-            f"{path}: no such file or folder; wanted text or a built-in corpus ({', '.join(BUILT_IN)})"
-        )
+        raise InputError(f"{path}: no such file or folder; wanted one, or a corpus of {', '.join(BUILT_IN)}")
     if not _is_text(path):
         raise InputError(f"{path}: wanted a {wanted} file, got the suffix {''.join(path.suffixes[-2:])!r}")
     if path.stat().st_size == 0:
@@ -119,9 +115,8 @@ def read(corpus: Corpus, skipped: Counter[str]) -> Iterator[Piece]:
         skipped["files of other kinds"] += corpus.ignored
     finished = 0
     for path in corpus.files:
-        for text, ends_document, consumed in (
-            _python_file(path, skipped) if corpus.python else _text_file(path)
-        ):
+        pieces = _python_file(path, skipped) if corpus.python else _text_file(path)
+        for text, ends_document, consumed in pieces:
             if text:
                 yield Piece(text, ends_document, finished + consumed)
             else:
@@ -157,10 +152,7 @@ def _python_file(path: Path, skipped: Counter[str]) -> Iterator[Piece]:
     try:
         with tokenize.open(path) as file:
             text = file.read()
-    except (
-        SyntaxError,
-        UnicodeDecodeError,
-    ):  # some of the library's sources declare a wrong encoding on purpose
+    except (SyntaxError, UnicodeDecodeError):  # some sources declare a wrong encoding on purpose
         skipped["undecodable files"] += 1
     else:
         yield Piece(text, True, path.stat().st_size)
@@ -180,11 +172,10 @@ def _unpacked(path: Path, raw: BinaryIO, packing: str) -> Iterator[bytes]:
         if packing == ".zst":
             yield from _inflate_zst(path, raw)
         else:
-            file = {"": lambda f: f, ".gz": lambda f: gzip.GzipFile(fileobj=f), ".xz": lzma.LZMAFile}[
-                packing
-            ](raw)
-            while chunk := file.read(CHUNK):
-                yield chunk
+            openers = {"": nullcontext, ".gz": lambda file: gzip.GzipFile(fileobj=file), ".xz": lzma.LZMAFile}
+            with openers[packing](raw) as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
     except DAMAGE as error:
         raise InputError(f"{path}: wanted a whole {packing} archive, got a damaged one: {error}") from error
 
@@ -194,9 +185,8 @@ def _inflate_zst(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise InputError(
-            f"{path}: reading .zst wants the zstandard package: pip install 'cgpt-ext[data]'"
-        ) from error
+        message = f"{path}: wanted the zstandard package to read .zst, got none: pip install 'cgpt-ext[data]'"
+        raise InputError(message) from error
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # what `zstd --long=31` writes
     frame = None
     try:
