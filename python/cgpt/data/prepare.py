@@ -1,11 +1,11 @@
 """Text to token shards: read in order, tokenize in parallel, write in order, survive a kill.
 
-    pieces of text --(batches of a fixed size)--> threads --(in order)--> shard-00000.bin, shard-00001.bin, ...
+    pieces of text --(batches of a fixed size)--> threads --(in order)--> shard-00000.bin, ...
 
-Batches and shards are cut by the text alone, so the bytes written depend neither on the number of workers nor on
-interruptions. tiktoken releases the interpreter lock while it encodes, so threads do the work without copying
-text between processes. A run that finds whole shards of an interrupted one keeps them, reads past their text
-without tokenizing it, and goes on.
+Batches and shards are cut by the text alone, so the bytes written depend neither on the number of workers
+nor on interruptions. tiktoken releases the interpreter lock while it encodes, so threads do the work without
+copying text between processes. A run that finds whole shards of an interrupted one keeps them, reads past
+their text without tokenizing it, and goes on.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def prepare(
 ) -> shards.TokenDataset:
     """Tokenize `sources` (text files, folders of them, built-in names) into the dataset folder `out`.
 
-    Each document is followed by EOT. `workers` threads encode (default: the cores this process may use). `out`
-    must be new, empty, or left by an interrupted run with the same sources, which is then finished; one that
-    holds the finished dataset of the same sources is opened. A shard closes at the first batch that takes it to
-    `shard_tokens`.
+    Each document is followed by EOT. `workers` threads encode (default: the cores this process may use).
+    `out` must be new, empty, or left by an interrupted run with the same sources, which is then finished;
+    one that holds the finished dataset of the same sources is opened. A shard closes at the first batch that
+    takes it to `shard_tokens`.
 
-    Raises InputError for sources that are missing, empty, binary, not UTF-8, damaged, or of unknown form, after
-    which nothing is left in `out`, and for an `out` in use or holding something else. Raises OSError naming the
-    file where the disk is full or not writable; whole shards, if any, stay for the next run.
+    Raises InputError for sources that are missing, empty, binary, not UTF-8, damaged, or of unknown form,
+    after which nothing is left in `out`, and for an `out` in use or holding something else. Raises OSError
+    naming the file where the disk is full or not writable; whole shards, if any, stay for the next run.
     """
     corpora = [find(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     if not corpora:
@@ -64,11 +64,11 @@ def prepare(
 def open_corpus(
     name_or_path: str | Path, cache_dir: str | Path | None = None, *, progress: bool = True
 ) -> shards.TokenDataset:
-    """The dataset behind whatever a user calls data: a built-in name, text, a prepared folder, or token files.
+    """The dataset behind what a user calls data: a built-in name, text, a prepared folder, or token files.
 
-    Text is prepared on first use, in a folder of `cache_dir` (default: `cgpt` in the user's cache folder) keyed by
-    the names, sizes and modification times of its files; processes that ask at once share the work of one. Raises
-    as `prepare` and `shards.open_dataset` do.
+    Text is prepared on first use, in a folder of `cache_dir` (default: `cgpt` in the user's cache folder)
+    keyed by the names, sizes and modification times of its files; processes that ask at once share the work
+    of one. Raises as `prepare` and `shards.open_dataset` do.
     """
     path = Path(name_or_path)
     if name_or_path not in BUILT_IN and path.exists() and shards.is_token_source(path):
@@ -103,9 +103,9 @@ def _prepare_locked(
         try:
             _encode_all(corpora, writer, skipped, workers or len(os.sched_getaffinity(0)), progress)
             if not writer.documents:
-                names = ", ".join(corpus.name for corpus in corpora)
+                where = ", ".join(str(corpus.where) for corpus in corpora)
                 raise InputError(
-                    f"{names}: wanted text, got none (passed over: {dict(skipped) or 'nothing'})"
+                    f"{where}: wanted text, got none (passed over: {dict(skipped) or 'nothing'})"
                 )
             writer.finish([corpus.name for corpus in corpora], dict(sorted(skipped.items())))
         except InputError:
@@ -151,7 +151,7 @@ def _bar(total: int, progress: bool) -> tqdm:
 
 
 def _batches(corpora: list[Corpus], skipped: Counter[str], size: int) -> Iterator[tuple[int, list[Piece]]]:
-    """Lists of pieces, each the shortest with at least `size` characters, and the bytes of source read so far."""
+    """Lists of pieces, the shortest with at least `size` characters, and the bytes of source read so far."""
     pieces: list[Piece] = []
     length = finished = 0
     for corpus in corpora:

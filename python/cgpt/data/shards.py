@@ -1,18 +1,21 @@
 """Token datasets: one read-only stream of token ids with document boundaries, whatever file it lies in.
 
 A prepared dataset is a folder. `shard-00000.bin`, `shard-00001.bin`, ... hold the stream as little-endian
-uint16 or uint32, `documents.idx` holds the end of each document as a little-endian int64 offset into the stream,
-and `dataset.json`, written last, holds counts, vocabulary, and size and sha256 of every file and of itself.
+uint16 or uint32, `documents.idx` holds the end of each document as a little-endian int64 offset into the
+stream, and `dataset.json`, written last, holds counts, vocabulary, and size and sha256 of every file and of
+itself.
 
-Opening always compares sizes. Checksums are compared once: a pass over the files leaves a stamp, `.verified`, of
-their sizes and times, and later openings trust files that still match it. A folder that cannot be written to
-keeps no stamp and is verified at every opening. sha256 (1.7 GB/s on one EPYC core) rather than CRC-32 (4.1 GB/s)
-because the cost falls once, anyone can redo it with `sha256sum`, and it names the content.
+Opening always compares sizes. Checksums are compared once: a pass over the files leaves a stamp,
+`.verified`, of their sizes and times, and later openings trust files that still match it. A folder that
+cannot be written to keeps no stamp and is verified at every opening. sha256 (1.7 GB/s on one EPYC core)
+rather than CRC-32 (4.1 GB/s) because the cost falls once, anyone can redo it with `sha256sum`, and it names
+the content.
 
-Token files of other trainers are opened as they are: nanoGPT's `.bin` (bare uint16) and llm.c's (a header of 256
-int32: magic 20240520 version 1 for uint16, magic 20240801 version 7 for uint32; the third is the count). Read as
-two uint16, either magic holds an id past GPT-2's vocabulary, so no nanoGPT file can look like llm.c's. They hold
-neither index nor checksum: each opening streams through them once, for the largest id and the places of EOT.
+Token files of other trainers are opened as they are: nanoGPT's `.bin` (bare uint16) and llm.c's (a header of
+256 int32: magic 20240520 version 1 for uint16, magic 20240801 version 7 for uint32; the third is the count).
+Read as two uint16, either magic holds an id past GPT-2's vocabulary, so no nanoGPT file can look like
+llm.c's. They hold neither index nor checksum: each opening streams through them once, for the largest id and
+the places of EOT.
 """
 
 from __future__ import annotations
@@ -115,10 +118,10 @@ def open_dataset(
 ) -> TokenDataset:
     """Open a prepared folder, a token file of nanoGPT or llm.c, or a folder of such files.
 
-    In a folder of token files, those with the word `val` in their name (`val.bin`, `fineweb_val_000000.bin`) are
-    the validation split if there are others. `vocab_size` and `eot` describe files that do not describe
-    themselves. `verify=False` leaves out checksums. Raises InputError for what is missing, truncated, altered,
-    of another version or vocabulary, or holds an id past the vocabulary.
+    In a folder of token files, those with the word `val` in their name (`val.bin`, `fineweb_val_000000.bin`)
+    are the validation split if there are others. `vocab_size` and `eot` describe files that do not describe
+    themselves. `verify=False` leaves out checksums. Raises InputError for what is missing, truncated,
+    altered, of another version or vocabulary, or holds an id past the vocabulary.
     """
     path = Path(path)
     if not path.exists():

@@ -58,6 +58,11 @@ class Corpus:
     python: bool = False
     ignored: int = 0  # files of the folder whose suffix is not one of text
 
+    @property
+    def where(self) -> Path:
+        """The file or folder to name in messages."""
+        return self.files[0] if len(self.files) == 1 else self.root
+
     def fingerprint(self) -> str:
         """sha256 (hex) over the name and every file's relative path, size and modification time."""
         digest = hashlib.sha256(self.name.encode("utf-8", "surrogateescape"))

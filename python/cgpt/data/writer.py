@@ -1,8 +1,8 @@
 """Writing the shard format (shards.py) so that a crash at any moment loses at most the shard in hand.
 
-A shard is written under a temporary name, synced and renamed; the document index is synced; then `unfinished.json`,
-replaced atomically, says what counts. What it does not name is thrown away by the next run. `dataset.json` is
-written when everything else is in place, so a folder that has one is whole.
+A shard is written under a temporary name, synced and renamed; the document index is synced; then
+`unfinished.json`, replaced atomically, says what counts. What it does not name is thrown away by the next
+run. `dataset.json` is written when everything else is in place, so a folder that has one is whole.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Encoded(NamedTuple):
 
 
 class ShardWriter:
-    """Appends batches to the dataset folder `out`, going on where an earlier writer with this fingerprint stopped.
+    """Appends batches to the dataset folder `out`, from where an earlier writer for these sources stopped.
 
     tokens, documents, text_bytes, batches: what has been added so far; a caller goes on with batch `batches`.
     finished: `out` holds the whole dataset already.
@@ -214,11 +214,12 @@ def _sync(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def folder_for_one(out: Path, *, wait: bool) -> Iterator[None]:
-    """Make `out` and hold it against other processes; on the way out it goes again if it is empty.
+    """Make `out` and hold it against other processes; on the way out a new one goes again if empty.
 
     Raises InputError where another process holds it and `wait` is false, OSError where it cannot be made.
     """
     path = out / LOCK
+    new = not out.exists()
     while True:
         out.mkdir(parents=True, exist_ok=True)
         try:
@@ -238,6 +239,6 @@ def folder_for_one(out: Path, *, wait: bool) -> Iterator[None]:
                 yield
             finally:
                 path.unlink()
-                with contextlib.suppress(OSError):  # only an empty folder goes
+                if new and not any(out.iterdir()):
                     out.rmdir()
             return
