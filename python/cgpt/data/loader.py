@@ -169,7 +169,7 @@ class Loader:
         return order
 
     def sample(self, i: int) -> np.ndarray:
-        """Tokens of sample i >= 0, (seq_len + 1,) int64: all but the last are inputs, all but the first targets."""
+        """Tokens of sample i >= 0, (seq_len + 1,) int64: inputs, one ahead of them targets."""
         start = int(self.windows(np.array([i]))[0]) * self.seq_len
         return self.split.tokens(start, start + self.seq_len + 1).astype(np.int64)
 

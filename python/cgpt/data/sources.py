@@ -255,11 +255,7 @@ def _text_field(where: str, row: str) -> str:
     if not isinstance(value, dict):
         raise InputError(f"{where}: {wanted}, got a JSON {type(value).__name__}")
     if not isinstance(value.get("text"), str):
-        got = (
-            f"a {type(value['text']).__name__} there"
-            if "text" in value
-            else f"the fields {sorted(value)[:8]}"
-        )
+        got = f"a {type(value['text']).__name__}" if "text" in value else f"the fields {sorted(value)[:8]}"
         raise InputError(f"{where}: {wanted}, got {got}")
     text = value["text"]
     try:
