@@ -181,11 +181,12 @@ def naming(path: Path) -> Iterator[None]:
 
 def sync_folder(path: Path) -> None:
     """Make renames in `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _canonical(manifest: dict) -> bytes:
