@@ -80,7 +80,11 @@ class ShardWriter:
                 raise InputError(
                     f"{out}: wanted a new or empty folder, got {len(others)} entries, {others[0]!r} first"
                 )
-            self._record()
+            try:
+                self._record()
+            except BaseException:
+                self.remove()
+                raise
 
     def _go_on(self) -> None:
         state = read_manifest(self._out / UNFINISHED)
