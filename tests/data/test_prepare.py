@@ -336,7 +336,7 @@ def test_open_corpus_default_cache_is_the_users(tmp_path, monkeypatch):
 def test_open_corpus_at_once_prepares_once(tmp_path, prose, monkeypatch):
     encoded = []
     real = room._encode
-    monkeypatch.setattr(room, "_encode", lambda pieces: encoded.append(1) or real(pieces))
+    monkeypatch.setattr(room, "_encode", lambda *batch: encoded.append(1) or real(*batch))
     results = []
     ask = [
         threading.Thread(target=lambda: results.append(open_corpus(prose, tmp_path, progress=False)))

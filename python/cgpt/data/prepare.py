@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 from tqdm import tqdm
 
 from cgpt.data import shards
@@ -121,13 +122,13 @@ def _encode_all(
     corpora: list[Corpus], writer: ShardWriter, skipped: Counter[str], workers: int, progress: bool
 ) -> None:
     with _bar(sum(corpus.size() for corpus in corpora), progress) as bar:
-        before, since = writer.tokens, time.monotonic()
+        done, before, since = writer.batches, writer.tokens, time.monotonic()
 
         def to_encode() -> Iterator[tuple[int, list[Piece]]]:
             """Batches not yet on disk, with the bytes of source read so far."""
             batches = _batches(corpora, skipped, min(BATCH_CHARS, writer.shard_tokens))
             for number, (consumed, pieces) in enumerate(batches):
-                if number >= writer.batches:
+                if number >= done:
                     yield consumed, pieces
                 else:
                     bar.update(consumed - bar.n)
@@ -168,11 +169,12 @@ def _batches(corpora: list[Corpus], skipped: Counter[str], size: int) -> Iterato
 
 def _in_order(batches: Iterator[tuple[int, list[Piece]]], workers: int) -> Iterator[tuple[int, Encoded]]:
     """Encode on `workers` threads; results in the order of `batches`, at most two per worker in memory."""
+    encoding = gpt2()  # built here once, not by every thread at the same time
     pending: deque = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for consumed, pieces in batches:
-                pending.append((consumed, pool.submit(_encode, pieces)))
+                pending.append((consumed, pool.submit(_encode, encoding, pieces)))
                 if len(pending) > 2 * workers:
                     consumed, future = pending.popleft()
                     yield consumed, future.result()
@@ -183,12 +185,13 @@ def _in_order(batches: Iterator[tuple[int, list[Piece]]], workers: int) -> Itera
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _encode(pieces: list[Piece]) -> Encoded:
-    encode = gpt2().encode_to_numpy
+def _encode(encoding: tiktoken.Encoding, pieces: list[Piece]) -> Encoded:
     end_mark = np.array([EOT], dtype=DTYPE)
     parts, ends, length, text_bytes = [], [], 0, 0
     for text, ends_document, _ in pieces:
-        tokens = encode(text, disallowed_special=()).astype(DTYPE)  # special tokens in text are just text
+        tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype(
+            DTYPE
+        )  # special tokens in text are just text
         parts.append(tokens)
         length += len(tokens)
         text_bytes += len(text.encode())
