@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -57,10 +58,16 @@ def refusal(pattern, *arguments, **options):
 
 
 def in_process(prose, out, **options):
-    """The preparation of `out` in a process of its own."""
-    call = f"prepare({str(prose)!r}, {str(out)!r}, progress=False, shard_tokens={SHARD_TOKENS})"
-    command = [sys.executable, "-c", f"from cgpt.data.prepare import prepare; {call}"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+    """The preparation of `out` in a process of its own, slowed so that a kill finds it at work."""
+    code = f"""
+import time
+from cgpt.data.prepare import prepare
+from cgpt.data.writer import ShardWriter
+add = ShardWriter.add
+ShardWriter.add = lambda self, batch: (time.sleep(0.005), add(self, batch))
+prepare({str(prose)!r}, {str(out)!r}, progress=False, shard_tokens={SHARD_TOKENS})
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_result_is_the_plain_encoding(prose, whole, tmp_path):
@@ -84,10 +91,12 @@ def test_workers_do_not_change_a_byte(prose, whole, tmp_path, workers):
 def test_killed_again_and_again_and_resumed_equals_uninterrupted(prose, whole, tmp_path):
     out = tmp_path / "out"
     kept = {}
-    for goal in (2, 11, 30):
+    rng = random.Random(0)
+    for goal in (2, 11, 25):
         process = in_process(prose, out)
         while process.poll() is None and not (out / f"shard-{goal:05d}.bin").exists():
             time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stderr.read()
         assert not (out / "dataset.json").exists()

@@ -162,6 +162,9 @@ def test_missing_and_unfinished(tmp_path, folder):
     refusal(tmp_path / "nowhere", "nowhere: no such file or folder; wanted a token dataset")
     (folder / "dataset.json").rename(folder / "unfinished.json")
     refusal(folder, "out: wanted a whole dataset, got an unfinished one")
+    refusal(
+        tmp_path / "a.jsonl", r"a\.jsonl: wanted a \.bin token file or a folder, got the suffix '\.jsonl'"
+    )
     (tmp_path / "empty").mkdir()
     refusal(
         tmp_path / "empty", r"empty: wanted a folder with dataset\.json or \.bin token files, got neither"
