@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,39 @@ def test_killed_again_and_again_and_resumed_equals_uninterrupted(prose, whole, t
     prepare(prose, out, progress=False, shard_tokens=SHARD_TOKENS)
     assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}
     assert contents(out) == whole
+
+
+def test_death_at_every_sync_and_rename_is_resumable(tmp_path, monkeypatch):
+    row = json.dumps({"text": "It was a dark and stormy night. " * 20})
+    (tmp_path / "a.jsonl").write_text(f"{row}\n" * 6)
+    arguments = (tmp_path / "a.jsonl", tmp_path / "out")
+    options = {"workers": 1, "progress": False, "shard_tokens": 256}
+    prepare(arguments[0], tmp_path / "whole", **options)
+    steps = 0
+
+    def dying(real, at):
+        def call(*arguments):
+            nonlocal steps
+            steps += 1
+            if steps == at:
+                os._exit(9)
+            return real(*arguments)
+
+        return call
+
+    for at in range(1, 200):
+        child = os.fork()
+        if child == 0:
+            for name in ("fsync", "rename", "replace", "unlink"):
+                setattr(os, name, dying(getattr(os, name), at))
+            prepare(*arguments, **options)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+        prepare(*arguments, **options)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole"), at
+        shutil.rmtree(tmp_path / "out")
+    assert 20 < at < 200  # it died at every step of three shards, then lived
 
 
 def test_interrupt_keeps_whole_shards_only(prose, whole, tmp_path, monkeypatch):

@@ -4,8 +4,8 @@
 
 Batches and shards are cut by the text alone, so the bytes written depend neither on the number of workers
 nor on interruptions. tiktoken releases the interpreter lock while it encodes (97 % of a batch's time, EPYC
-core), so threads do the work without copying text between processes. A run that finds whole shards of an interrupted one keeps them, reads past
-their text without tokenizing it, and goes on.
+core), so threads do the work without copying text between processes. A run that finds whole shards of an
+interrupted one keeps them, reads past their text without tokenizing it, and goes on.
 """
 
 from __future__ import annotations
