@@ -112,7 +112,8 @@ def test_killed_again_and_again_and_resumed_equals_uninterrupted(prose, whole, t
     assert contents(out) == whole
 
 
-def test_death_at_every_sync_and_rename_is_resumable(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # a progress bar may keep a thread
+def test_death_at_every_sync_and_rename_is_resumable(tmp_path):
     row = json.dumps({"text": "It was a dark and stormy night. " * 20})
     (tmp_path / "a.jsonl").write_text(f"{row}\n" * 6)
     arguments = (tmp_path / "a.jsonl", tmp_path / "out")
@@ -133,8 +134,8 @@ def test_death_at_every_sync_and_rename_is_resumable(tmp_path, monkeypatch):
     for at in range(1, 200):
         child = os.fork()
         if child == 0:
-            for name in ("fsync", "rename", "replace", "unlink"):
-                setattr(os, name, dying(getattr(os, name), at))
+            for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "unlink")):
+                setattr(owner, name, dying(getattr(owner, name), at))
             prepare(*arguments, **options)
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
