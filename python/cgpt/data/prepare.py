@@ -189,7 +189,7 @@ def _encode(encoding: tiktoken.Encoding, pieces: list[Piece]) -> Encoded:
     end_mark = np.array([EOT], dtype=DTYPE)
     parts, ends, length, text_bytes = [], [], 0, 0
     for text, ends_document, _ in pieces:
-        # Nothing is special: `<|endoftext|>` written in a text is just text (tiktoken < 0.11 would not listen).
+        # `<|endoftext|>` written in a text is just text (tiktoken before 0.11 would not listen).
         tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype(DTYPE)
         parts.append(tokens)
         length += len(tokens)
