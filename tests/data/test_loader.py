@@ -105,6 +105,15 @@ def test_few_documents_still_give_each_side_one(lengths):
         assert train.n_tokens + val.n_tokens == sum(lengths)
 
 
+@pytest.mark.parametrize("lengths", [[10_000, 50], [50, 10_000], [40] * 10 + [10_000] + [40] * 9])
+def test_one_huge_document_is_never_held_out(lengths):
+    for seed in range(40):
+        train, val = train_val_split(dataset_of(lengths), 32, seed=seed)
+        assert train.rule == "documents"
+        assert train.n_tokens >= 10_000
+        assert val.n_tokens >= 33
+
+
 @pytest.mark.parametrize(("lengths", "cut"), [([1000], 950), ([100], 67), ([66], 33), ([400, 10], 377)])
 def test_single_documents_give_their_tail(lengths, cut):
     train, val = train_val_split(dataset_of(lengths), 32)

@@ -72,12 +72,13 @@ def train_val_split(
     """(train, val): disjoint, together the whole dataset, each with at least seq_len + 1 tokens.
 
     Where the source brings its own validation files, those are the split. Otherwise a document is validation
-    if a hash of its index and `seed` falls below `fraction`; if that leaves a side with less than one
-    sequence, documents are taken in order of their hash until both have one. A corpus that cannot be shared
-    out so (a single document, above all) gives its last `fraction`, or one sequence if that is more.
+    if a hash of its index and `seed` falls below `fraction`. If that gives validation less than one sequence,
+    or so much (chance and one huge document) that it is nearer to all than to `fraction`, documents are taken
+    in order of their hash until there is one sequence. A corpus that cannot be shared out so (a single
+    document, above all) gives its last `fraction`, or one sequence if that is more.
 
-    Raises InputError where the tokens are too few for a sequence on each side, or `fraction` is not in (0,
-    1).
+    Raises InputError where the tokens are too few for a sequence on each side, or `fraction` is not between
+    0 and 1.
     """
     if not 0 < fraction < 1:
         raise InputError(f"validation fraction: wanted a number between 0 and 1, got {fraction}")
@@ -101,13 +102,12 @@ def train_val_split(
                 Split(dataset, "train", "documents", *_spans(dataset.document_ends, ~held_out)),
                 Split(dataset, "val", "documents", *_spans(dataset.document_ends, held_out)),
             )
-        cut, rule = total - max(round(total * fraction), need), "tail"
-        cut = max(cut, need)
+        cut, rule = max(total - max(round(total * fraction), need), need), "tail"
     return Split(dataset, "train", rule, [0], [cut]), Split(dataset, "val", rule, [cut], [total])
 
 
 def _held_out_documents(dataset: TokenDataset, need: int, fraction: float, seed: int) -> np.ndarray | None:
-    """(n_documents,) bool, or None where no choice by hash gives both sides `need` tokens."""
+    """(n_documents,) bool, or None where no choice by hash gives both sides enough tokens."""
     n = dataset.n_documents
     key = _mix(np.array([seed % 2**64], dtype=np.uint64))
     limit = np.uint64(int(fraction * 2**64))
@@ -117,16 +117,16 @@ def _held_out_documents(dataset: TokenDataset, need: int, fraction: float, seed:
             for start in range(0, n, CHUNK_TOKENS)
         ]
     )
-    lengths = np.diff(dataset.document_ends, prepend=0)
-    total = dataset.n_tokens
-    if need <= int(lengths[mask].sum()) <= total - need:
+    starts, stops = _spans(dataset.document_ends, mask)
+    most = min(dataset.n_tokens - need, int(dataset.n_tokens * (1 + fraction) / 2))
+    if need <= int((stops - starts).sum()) <= most:
         return mask
     mask[:] = False
-    held = 0
+    held, lengths = 0, np.diff(dataset.document_ends, prepend=0)
     for document in np.argsort(_mix(np.arange(n, dtype=np.uint64) ^ key), kind="stable"):
         if held >= need:
             return mask
-        if held + lengths[document] <= total - need:
+        if held + lengths[document] <= most:
             mask[document] = True
             held += int(lengths[document])
     return mask if held >= need else None
