@@ -1,0 +1,203 @@
+// Attention by blocks of queries and keys (Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv 2307.08691), fp32 inside.
+//
+//   S = scale * Q K^T,  lse = log sum over keys of exp(S),  P = exp(S - lse),  out = P V
+//
+//   dP = dout V^T,  delta = sum over D of dout * out,  dS = P * (dP - delta)
+//   dV = P^T dout,  dK = scale * dS^T Q,  dQ = scale * dS K
+//
+// q, out (B, Tq, H, D), k, v (B, Tk, Hkv, D); causal aligns the last query with the last key. A query that sees no key
+// has out = 0, lse = -inf and no gradient. Operands are widened to fp32 once per head into this thread's scratch, keys
+// also transposed, since the product's lanes run along keys. A block's arithmetic depends on its place alone, never on
+// how blocks are shared out, so the bits do not depend on the thread count.
+#include "../attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "gemm.h"
+#include "threads.h"
+#include "vec.h"
+
+namespace cgpt::CGPT_ISA {
+namespace {
+
+constexpr int64_t kKeys = 64;     // keys a block: a transposed block of 64-wide heads is 16 KiB, half a first-level cache
+constexpr int64_t kQueries = 96;  // queries a block, a multiple of kTileRows
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Pieces of this thread's scratch, which lives as long as the thread: fresh memory costs a page fault every 4 KiB.
+class Scratch {
+  public:
+    explicit Scratch(int64_t floats) {
+        static thread_local std::vector<float> memory;
+        if (static_cast<int64_t>(memory.size()) < floats + kLine) memory = std::vector<float>(floats + kLine);
+        const auto address = reinterpret_cast<uintptr_t>(memory.data());
+        next_ = memory.data() + (kLine * 4 - address % (kLine * 4)) % (kLine * 4) / 4;
+    }
+    float* take(int64_t floats) {
+        float* p = next_;
+        next_ += line(floats);
+        return p;
+    }
+    static int64_t line(int64_t floats) { return (floats + kLine - 1) / kLine * kLine; }
+
+  private:
+    static constexpr int64_t kLine = 16;  // floats in a cache line
+    float* next_;
+};
+
+template <class T>
+T* row_of(const Heads& t, int64_t b, int64_t i, int64_t h) {
+    return static_cast<T*>(t.data) + b * t.batch + i * t.time + h * t.head;
+}
+
+// Rows of one head to fp32, each `ld` long, zeros after D.
+template <class T>
+void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t D, float* to, int64_t ld) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for_lanes(D, [&](int64_t i, auto n) { store(to + r * ld + i, get(from + r * stride + i, n)); });
+    }
+}
+
+template <class T>
+void narrow_rows(const float* from, int64_t ld, int64_t rows, int64_t D, float scale, T* to, int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r)
+        for_lanes(D, [&](int64_t i, auto n) { put(to + r * stride + i, load(from + r * ld + i) * scale, n); });
+}
+
+// (rows, D) to (D, kKeys), zeros beyond `rows`.
+void transpose(const float* from, int64_t ld, int64_t rows, int64_t D, float* to) {
+    for (int64_t d = 0; d < D; ++d) {
+        float* line = to + d * kKeys;
+        for (int64_t r = 0; r < rows; ++r) line[r] = from[r * ld + d];
+        std::fill(line + rows, line + kKeys, 0.0f);
+    }
+}
+
+// How many keys of the block that starts at `key` query i sees.
+int64_t visible(const AttentionShape& s, int64_t i, int64_t key) {
+    const int64_t end = s.causal ? std::min(s.Tk, i + s.Tk - s.Tq + 1) : s.Tk;
+    return std::clamp<int64_t>(end - key, 0, kKeys);
+}
+
+// Sets what query r of a tile may not see to `value`.
+void hide(float* row, int64_t seen, float value) { std::fill(row + seen, row + kKeys, value); }
+
+const auto kZero = [](int64_t, int64_t) { return vf{}; };
+
+// One block of queries against one block of keys: scores (rows, kKeys), scaled and not yet masked.
+void score(const AttentionShape& s, int64_t query, int64_t rows, int64_t key, const float* q, const float* kt,
+           float* scores) {
+    const vf scale = splat(s.scale);
+    gemm<A::rows>(
+        rows, kKeys, q, s.D, kt, kKeys,
+        [&](int64_t, int64_t last) {
+            return Extent{visible(s, query + last - 1, key), 0, s.D};
+        },
+        kZero, [&](int64_t r, int64_t c, vf x) { store(scores + r * kKeys + c, x * scale); });
+}
+
+// A block of queries as its keys go by: running maximum, sum of exponentials by lane, unnormalised output.
+struct Running {
+    float *top, *grown, *sum, *out;  // (kQueries), (kQueries), (kQueries, W), (kQueries, padded D)
+};
+
+void absorb(const AttentionShape& s, int64_t query, int64_t rows, int64_t key, const float* q, const float* kt,
+            const float* v, float* p, const Running& run) {
+    const int64_t ld = padded(s.D);
+    score(s, query, rows, key, q, kt, p);
+    for (int64_t r = 0; r < rows; ++r) {
+        float* row = p + r * kKeys;
+        const int64_t seen = visible(s, query + r, key);
+        if (seen < kKeys) hide(row, seen, kNone);
+        vf high = load(row);
+        for (int64_t c = W; c < kKeys; c += W) high = max(high, load(row + c));
+        const float top = std::fmax(run.top[r], hmax(high));
+        run.grown[r] = run.top[r] - top;
+        run.top[r] = top;
+        const float from = top == kNone ? 0.0f : top;
+        vf sum{};
+        for (int64_t c = 0; c < kKeys; c += W) {
+            const vf e = exp(load(row + c) - from);
+            store(row + c, e);
+            sum += e;
+        }
+        if (run.grown[r] == 0.0f) {
+            run.grown[r] = 1.0f;
+        } else {
+            run.grown[r] = top == kNone ? 1.0f : std::exp(run.grown[r]);
+        }
+        store(run.sum + r * W, madd(load(run.sum + r * W), splat(run.grown[r]), sum));
+    }
+    gemm<A::rows>(
+        rows, s.D, p, kKeys, v, ld,
+        [&](int64_t, int64_t last) {
+            return Extent{s.D, 0, visible(s, query + last - 1, key)};
+        },
+        [&](int64_t r, int64_t c) { return load(run.out + r * ld + c) * run.grown[r]; },
+        [&](int64_t r, int64_t c, vf x) { store(run.out + r * ld + c, x); });
+}
+
+// Query blocks [begin, end) of one head.
+template <class T>
+void forward(const AttentionFwdArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end) {
+    const AttentionShape& s = a.shape;
+    const int64_t D = s.D, ld = padded(D), hkv = h / (s.H / s.Hkv);
+    const int64_t last = std::min(s.Tq, end * kQueries) - 1;
+    const int64_t keys = s.causal ? std::clamp<int64_t>(last + s.Tk - s.Tq + 1, 0, s.Tk) : s.Tk;
+    const int64_t key_blocks = blocks_of(keys, kKeys);
+    Scratch scratch(key_blocks * kKeys * (D + ld) + kQueries * (D + 2 * ld + kKeys + W + 2) + kKeys * ld + 256);
+    float *kt = scratch.take(key_blocks * kKeys * D), *v = scratch.take(key_blocks * kKeys * ld);
+    float *q = scratch.take(kQueries * ld), *p = scratch.take(kQueries * kKeys), *rows_of_k = scratch.take(kKeys * ld);
+    const Running run = {scratch.take(kQueries), scratch.take(kQueries), scratch.take(kQueries * W),
+                         scratch.take(kQueries * ld)};
+    for (int64_t j = 0; j < key_blocks; ++j) {
+        const int64_t key = j * kKeys, n = std::min(kKeys, keys - key);
+        widen_rows(row_of<const T>(a.k, b, key, hkv), a.k.time, n, D, rows_of_k, ld);
+        transpose(rows_of_k, ld, n, D, kt + key * D);
+        widen_rows(row_of<const T>(a.v, b, key, hkv), a.v.time, n, D, v + key * ld, ld);
+    }
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t query = i * kQueries, rows = std::min(kQueries, s.Tq - query);
+        for (int64_t r = 0; r < rows; ++r)
+            for_lanes(D, [&](int64_t c, auto n) {
+                put(q + r * D + c, get(row_of<const T>(a.q, b, query + r, h) + c, n), n);
+            });
+        std::fill(run.top, run.top + rows, kNone);
+        std::fill(run.sum, run.sum + rows * W, 0.0f);
+        std::fill(run.out, run.out + rows * ld, 0.0f);
+        for (int64_t j = 0; j < key_blocks && visible(s, query + rows - 1, j * kKeys) > 0; ++j)
+            absorb(s, query, rows, j * kKeys, q, kt + j * kKeys * D, v + j * kKeys * ld, p, run);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float sum = hsum(load(run.sum + r * W));
+            const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+            narrow_rows(run.out + r * ld, ld, 1, D, inverse, row_of<T>(a.out, b, query + r, h), 0);
+            if (a.lse) a.lse[(b * s.H + h) * s.Tq + query + r] = run.top[r] + std::log(sum);
+        }
+    }
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionFwdArgs& a) {
+    const AttentionShape& s = a.shape;
+    const int64_t blocks = blocks_of(s.Tq, kQueries), heads = s.B * s.H;
+    if (heads == 0 || blocks == 0) return;
+    // A head is one task where heads keep the threads busy; otherwise it is cut, and each piece packs its keys again.
+    const int64_t pieces = std::clamp<int64_t>(blocks_of(3 * num_threads(), heads), 1, blocks);
+    CGPT_WITH_FLOAT_TYPE(s.dtype, T, {
+        parallel_for(heads * pieces, [&](int64_t task) {
+            const int64_t head = task % heads, piece = pieces - 1 - task / heads;  // the longest rows first
+            forward<T>(a, head / s.H, head % s.H, blocks * piece / pieces, blocks * (piece + 1) / pieces);
+        });
+    })
+}
+
+void attention_bwd(const AttentionBwdArgs&) {}
+
+}  // namespace cgpt::CGPT_ISA
