@@ -70,13 +70,54 @@ void narrow_rows(const float* from, int64_t ld, int64_t rows, int64_t D, float s
         for_lanes(D, [&](int64_t i, auto n) { put(to + r * stride + i, load(from + r * ld + i) * scale, n); });
 }
 
-// (rows, D) to (D, kKeys), zeros beyond `rows`.
-void transpose(const float* from, int64_t ld, int64_t rows, int64_t D, float* to) {
-    for (int64_t d = 0; d < D; ++d) {
-        float* line = to + d * kKeys;
-        for (int64_t r = 0; r < rows; ++r) line[r] = from[r * ld + d];
-        std::fill(line + rows, line + kKeys, 0.0f);
+// (kKeys, D) to (D, kKeys), four by four.
+void transpose(const float* from, int64_t ld, int64_t D, float* to) {
+    for (int64_t r = 0; r < kKeys; r += 4) {
+        for (int64_t d = 0; d < D; d += 4) {
+            const float* x = from + r * ld + d;
+            float* y = to + d * kKeys + r;
+#if defined(__x86_64__)
+            __m128 a = _mm_loadu_ps(x), b = _mm_loadu_ps(x + ld);
+            __m128 c = _mm_loadu_ps(x + 2 * ld), e = _mm_loadu_ps(x + 3 * ld);
+            _MM_TRANSPOSE4_PS(a, b, c, e);
+            _mm_storeu_ps(y, a);
+            _mm_storeu_ps(y + kKeys, b);
+            _mm_storeu_ps(y + 2 * kKeys, c);
+            _mm_storeu_ps(y + 3 * kKeys, e);
+#else
+            for (int64_t i = 0; i < 4; ++i)
+                for (int64_t k = 0; k < 4; ++k) y[i * kKeys + k] = x[k * ld + i];
+#endif
+        }
     }
+}
+
+// A block of keys or values to fp32, as rows and, where `turned` is given, as columns too; zeros beyond `rows`.
+template <class T>
+void pack(const T* from, int64_t stride, int64_t rows, int64_t D, float* to, float* turned) {
+    const int64_t ld = padded(D);
+    widen_rows(from, stride, rows, D, to, ld);
+    std::fill(to + rows * ld, to + kKeys * ld, 0.0f);
+    if (turned) transpose(to, ld, D, turned);
+}
+
+// e^x for what softmax asks of it, x <= 0 give or take a rounding: nothing overflows, so half of vec.h's work is saved.
+// The same polynomial; -inf and all below e^-86 give 0, NaN stays.
+CGPT_INLINE vf exp_below(vf x) {
+    const vf shift = splat(0x1.8p23f);
+    const vf y = x < -86.0f ? splat(-86.0f) : x;
+    const vf n = madd(y, splat(0x1.715476p+0f), shift);  // the integer sits in the low mantissa bits
+    vf r = madd(n - shift, splat(-0x1.62e400p-1f), y);
+    r = madd(n - shift, splat(-0x1.7f7d1cp-20f), r);
+    vf p = splat(0x1.6c16c2p-10f);
+    p = madd(p, r, splat(0x1.111112p-7f));
+    p = madd(p, r, splat(0x1.555556p-5f));
+    p = madd(p, r, splat(0x1.555556p-3f));
+    p = madd(p, r, splat(0.5f));
+    p = madd(p, r, splat(1.0f));
+    p = madd(p, r, splat(1.0f));
+    p *= as_float((as_int(n) + 127) << 23);
+    return x < -86.0f ? vf{} : p;
 }
 
 // How many keys of the block that starts at `key` query i sees.
@@ -104,7 +145,8 @@ void score(const AttentionShape& s, int64_t query, int64_t rows, int64_t key, co
 
 // A block of queries as its keys go by: running maximum, sum of exponentials by lane, unnormalised output.
 struct Running {
-    float *top, *grown, *sum, *out;  // (kQueries), (kQueries), (kQueries, W), (kQueries, padded D)
+    float *top, *from, *grown;  // (kQueries): maximum, the same or 0 for none, what it scales the past by
+    float *sum, *out;           // (kQueries, W), (kQueries, padded D)
 };
 
 void absorb(const AttentionShape& s, int64_t query, int64_t rows, int64_t key, const float* q, const float* kt,
@@ -117,20 +159,21 @@ void absorb(const AttentionShape& s, int64_t query, int64_t rows, int64_t key, c
         if (seen < kKeys) hide(row, seen, kNone);
         vf high = load(row);
         for (int64_t c = W; c < kKeys; c += W) high = max(high, load(row + c));
-        const float top = std::fmax(run.top[r], hmax(high));
-        run.grown[r] = run.top[r] - top;
-        run.top[r] = top;
-        const float from = top == kNone ? 0.0f : top;
+        run.grown[r] = hmax(high);
+    }
+    for (int64_t r = 0; r < rows; r += W) {
+        const vf before = load(run.top + r), top = max(before, load(run.grown + r));
+        store(run.top + r, top);
+        store(run.from + r, top == kNone ? vf{} : top);
+        store(run.grown + r, exp_below(before - load(run.from + r)));
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        float* row = p + r * kKeys;
         vf sum{};
         for (int64_t c = 0; c < kKeys; c += W) {
-            const vf e = exp(load(row + c) - from);
+            const vf e = exp_below(load(row + c) - run.from[r]);
             store(row + c, e);
             sum += e;
-        }
-        if (run.grown[r] == 0.0f) {
-            run.grown[r] = 1.0f;
-        } else {
-            run.grown[r] = top == kNone ? 1.0f : std::exp(run.grown[r]);
         }
         store(run.sum + r * W, madd(load(run.sum + r * W), splat(run.grown[r]), sum));
     }
@@ -151,16 +194,15 @@ void forward(const AttentionFwdArgs& a, int64_t b, int64_t h, int64_t begin, int
     const int64_t last = std::min(s.Tq, end * kQueries) - 1;
     const int64_t keys = s.causal ? std::clamp<int64_t>(last + s.Tk - s.Tq + 1, 0, s.Tk) : s.Tk;
     const int64_t key_blocks = blocks_of(keys, kKeys);
-    Scratch scratch(key_blocks * kKeys * (D + ld) + kQueries * (D + 2 * ld + kKeys + W + 2) + kKeys * ld + 256);
+    Scratch scratch(key_blocks * kKeys * (D + ld) + kQueries * (D + 2 * ld + kKeys + W + 3) + kKeys * ld + 256);
     float *kt = scratch.take(key_blocks * kKeys * D), *v = scratch.take(key_blocks * kKeys * ld);
     float *q = scratch.take(kQueries * ld), *p = scratch.take(kQueries * kKeys), *rows_of_k = scratch.take(kKeys * ld);
-    const Running run = {scratch.take(kQueries), scratch.take(kQueries), scratch.take(kQueries * W),
-                         scratch.take(kQueries * ld)};
+    const Running run = {scratch.take(kQueries), scratch.take(kQueries), scratch.take(kQueries),
+                         scratch.take(kQueries * W), scratch.take(kQueries * ld)};
     for (int64_t j = 0; j < key_blocks; ++j) {
         const int64_t key = j * kKeys, n = std::min(kKeys, keys - key);
-        widen_rows(row_of<const T>(a.k, b, key, hkv), a.k.time, n, D, rows_of_k, ld);
-        transpose(rows_of_k, ld, n, D, kt + key * D);
-        widen_rows(row_of<const T>(a.v, b, key, hkv), a.v.time, n, D, v + key * ld, ld);
+        pack(row_of<const T>(a.k, b, key, hkv), a.k.time, n, D, rows_of_k, kt + key * D);
+        pack(row_of<const T>(a.v, b, key, hkv), a.v.time, n, D, v + key * ld, nullptr);
     }
     for (int64_t i = begin; i < end; ++i) {
         const int64_t query = i * kQueries, rows = std::min(kQueries, s.Tq - query);
