@@ -30,7 +30,8 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Pieces of this thread's scratch, which lives as long as the thread: fresh memory costs a page fault every 4 KiB.
+// Pieces of this thread's scratch, each a multiple of a cache line here. It lives as long as the thread: fresh memory
+// costs a page fault every 4 KiB.
 class Scratch {
   public:
     explicit Scratch(int64_t floats) {
@@ -41,10 +42,9 @@ class Scratch {
     }
     float* take(int64_t floats) {
         float* p = next_;
-        next_ += line(floats);
+        next_ += floats;
         return p;
     }
-    static int64_t line(int64_t floats) { return (floats + kLine - 1) / kLine * kLine; }
 
   private:
     static constexpr int64_t kLine = 16;  // floats in a cache line
@@ -194,7 +194,7 @@ void forward(const AttentionFwdArgs& a, int64_t b, int64_t h, int64_t begin, int
     const int64_t last = std::min(s.Tq, end * kQueries) - 1;
     const int64_t keys = s.causal ? std::clamp<int64_t>(last + s.Tk - s.Tq + 1, 0, s.Tk) : s.Tk;
     const int64_t key_blocks = blocks_of(keys, kKeys);
-    Scratch scratch(key_blocks * kKeys * (D + ld) + kQueries * (D + 2 * ld + kKeys + W + 3) + kKeys * ld + 256);
+    Scratch scratch(key_blocks * kKeys * (D + ld) + kQueries * (D + 2 * ld + kKeys + W + 3) + kKeys * ld);
     float *kt = scratch.take(key_blocks * kKeys * D), *v = scratch.take(key_blocks * kKeys * ld);
     float *q = scratch.take(kQueries * ld), *p = scratch.take(kQueries * kKeys), *rows_of_k = scratch.take(kKeys * ld);
     const Running run = {scratch.take(kQueries), scratch.take(kQueries), scratch.take(kQueries),
@@ -257,7 +257,7 @@ void block_gradients(const AttentionShape& s, int64_t query, int64_t rows, int64
         const vf minus_lse = splat(x.minus_lse[r]), delta = splat(x.delta[r]);
         const int64_t seen = visible(s, query + r, key);
         for (int64_t c = 0; c < seen; c += W) {
-            const vf e = exp_below(madd(load(p_row + c), scale, minus_lse));
+            const vf e = exp_below(load(p_row + c) * scale + minus_lse);  // rounded twice, as lse was: one key gives 1
             store(p_row + c, e);
             store(ds_row + c, e * (load(ds_row + c) - delta));
         }
@@ -297,20 +297,27 @@ void backward_block(const AttentionShape& s, const Cut& cut, int64_t query, int6
         });
 }
 
+// Fills x for one query head. delta adds up over D in the order in which the products do, so that where one key has all
+// the weight dP - delta is 0 and not a rounding error. y is free memory here.
 template <class T>
-void widen_queries(const AttentionBwdArgs& a, int64_t b, int64_t h, int64_t query, int64_t rows, const Queries& x) {
+void widen_queries(const AttentionBwdArgs& a, int64_t b, int64_t h, int64_t query, int64_t rows, const Queries& x,
+                   const KeyBlock& y) {
     const AttentionShape& s = a.shape;
     const int64_t D = s.D, ld = padded(D);
     widen_rows(row_of<const T>(a.q, b, query, h), a.q.time, rows, D, x.q, ld);
-    widen_rows(row_of<const T>(a.dout, b, query, h), a.dout.time, rows, D, x.dout, ld);
-    for (int64_t r = 0; r < rows; ++r) {
-        const T* out = row_of<const T>(a.out, b, query + r, h);
-        vf sum{};
-        for_lanes(D, [&](int64_t i, auto n) { sum = madd(get(out + i, n), load(x.dout + r * ld + i), sum); });
-        x.delta[r] = hsum(sum);
-        const float lse = a.lse[(b * s.H + h) * s.Tq + query + r];
-        x.minus_lse[r] = lse == kNone ? kNone : -lse;  // a query whose every score is -inf has P = 0
+    for (int64_t r = 0; r < rows; r += kKeys) {
+        const int64_t n = std::min(kKeys, rows - r);
+        pack(row_of<const T>(a.dout, b, query + r, h), a.dout.time, n, D, x.dout + r * ld, y.kt);
+        pack(row_of<const T>(a.out, b, query + r, h), a.out.time, n, D, y.k, y.vt);
+        for (int64_t c = 0; c < kKeys; c += W) {
+            vf sum{};
+            for (int64_t d = 0; d < D; ++d) sum = madd(load(y.kt + d * kKeys + c), load(y.vt + d * kKeys + c), sum);
+            store(x.delta + r + c, sum);
+        }
     }
+    const float* lse = a.lse + (b * s.H + h) * s.Tq + query;
+    for (int64_t r = 0; r < rows; ++r)
+        x.minus_lse[r] = lse[r] == kNone ? kNone : -lse[r];  // a query whose every score is -inf has P = 0
 }
 
 template <class T>
@@ -318,18 +325,18 @@ void backward(const AttentionBwdArgs& a, int64_t b, int64_t hkv, const Cut& cut)
     const AttentionShape& s = a.shape;
     const int64_t D = s.D, ld = padded(D), group = s.H / s.Hkv, heads = cut.g1 - cut.g0;
     const int64_t first = cut.i0 * kQueries, rows = std::min(s.Tq, cut.i1 * kQueries) - first;
-    const int64_t statistics = Scratch::line(rows), size = 3 * rows * ld + 2 * statistics;
-    Scratch scratch(heads * size + kKeys * (3 * ld + 3 * D) + 2 * kQueries * kKeys + 256);
-    std::vector<Queries> queries(heads);
-    for (int64_t g = 0; g < heads; ++g) {
-        queries[g] = {scratch.take(rows * ld), scratch.take(rows * ld), scratch.take(rows * ld),
-                      scratch.take(rows), scratch.take(rows)};
-        widen_queries<T>(a, b, hkv * group + cut.g0 + g, first, rows, queries[g]);
-        if (cut.dq) std::fill(queries[g].dq, queries[g].dq + rows * ld, 0.0f);
-    }
+    const int64_t room = blocks_of(rows, kKeys) * kKeys;  // `pack` fills whole blocks
+    Scratch scratch(heads * room * (3 * ld + 2) + kKeys * (3 * ld + 2 * D) + 2 * kQueries * kKeys);
     const KeyBlock y = {scratch.take(kKeys * ld), scratch.take(kKeys * D), scratch.take(kKeys * D),
                         scratch.take(kKeys * ld), scratch.take(kKeys * ld)};
     float *p = scratch.take(kQueries * kKeys), *ds = scratch.take(kQueries * kKeys);
+    std::vector<Queries> queries(heads);
+    for (int64_t g = 0; g < heads; ++g) {
+        queries[g] = {scratch.take(room * ld), scratch.take(room * ld), scratch.take(room * ld), scratch.take(room),
+                      scratch.take(room)};
+        widen_queries<T>(a, b, hkv * group + cut.g0 + g, first, rows, queries[g], y);
+        if (cut.dq) std::fill(queries[g].dq, queries[g].dq + rows * ld, 0.0f);
+    }
     for (int64_t j = cut.j0; j < cut.j1; ++j) {
         const int64_t key = j * kKeys, keys = std::min(kKeys, s.Tk - key);
         pack(row_of<const T>(a.v, b, key, hkv), a.v.time, keys, D, y.k, y.vt);
