@@ -41,8 +41,7 @@ class CausalSelfAttention(torch.nn.Module):
         super().__init__()
         if n_head < 1 or d_model % n_head or d_model // n_head % 8 or not 8 <= d_model // n_head <= 256:
             raise ValueError(
-                "CausalSelfAttention: d_model / n_head must be a multiple of 8 from 8 to 256, "
-                f"got {d_model} / {n_head}"
+                f"CausalSelfAttention: d_model / n_head must be a multiple of 8 from 8 to 256, got {d_model} / {n_head}"
             )
         self.n_head = n_head
         self.c_attn = torch.nn.Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)

@@ -19,9 +19,7 @@ from cgpt_ext.dispatch import implementation, reference_chosen
 from cgpt_ext.ops._torch import check_tensors, direct, register
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
     """Attention of every query to the keys it sees; flash-attn's `flash_attn_func` in shapes and meaning.
 
     Args:
@@ -76,9 +74,7 @@ def attention_qkv(qkv: Tensor, n_head: int, causal: bool = False, softmax_scale:
     return _qkv_fwd(qkv, n_head, causal, scale, False)[0]
 
 
-def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None
-) -> Tensor:
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
     """`attention` in plain torch, in the dtype of its inputs: the truth when they are fp64."""
     group = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
