@@ -7,6 +7,7 @@
 `python -m cgpt_ext` says which implementation serves each op on this machine, and why.
 """
 
+from cgpt_ext.ops.attention import attention, attention_qkv, attention_ref
 from cgpt_ext.ops.layer_norm import layer_norm, layer_norm_ref
 
-__all__ = ["layer_norm", "layer_norm_ref"]
+__all__ = ["attention", "attention_qkv", "attention_ref", "layer_norm", "layer_norm_ref"]

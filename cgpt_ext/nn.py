@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from cgpt_ext.ops.attention import attention_qkv
 from cgpt_ext.ops.layer_norm import layer_norm
 
 
@@ -24,3 +25,30 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         return layer_norm(x, self.weight, self.bias, self.eps, residual)
+
+
+class CausalSelfAttention(torch.nn.Module):
+    """GPT-2's self-attention: project to q, k, v, attend to the past, project back.
+
+    Parameters are nanoGPT's: `c_attn`, a `torch.nn.Linear` (d_model, 3 * d_model), and `c_proj` (d_model, d_model).
+    `forward(x)` takes and returns (B, T, d_model). Under `torch.autocast` attention runs in the dtype that the
+    projection gives.
+
+    Raises ValueError where n_head does not divide d_model into heads of a multiple of 8 up to 256.
+    """
+
+    def __init__(self, d_model: int, n_head: int, bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        if n_head < 1 or d_model % n_head or d_model // n_head % 8 or not 8 <= d_model // n_head <= 256:
+            raise ValueError(
+                f"CausalSelfAttention: d_model / n_head must be a multiple of 8 from 8 to 256, got {d_model} / {n_head}"
+            )
+        self.n_head = n_head
+        self.c_attn = torch.nn.Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)
+        self.c_proj = torch.nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(attention_qkv(self.c_attn(x), self.n_head, causal=True))
+
+    def extra_repr(self) -> str:
+        return f"n_head={self.n_head}"

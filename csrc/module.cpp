@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "layer_norm.h"
@@ -28,6 +29,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("use_python_attributes", &use_python_attributes);
 
     const auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def("attention_fwd", &attention_fwd, nogil);
+    m.def("attention_bwd", &attention_bwd, nogil);
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
 }

@@ -23,7 +23,18 @@ def layer_norm_bwd():
     ]
 
 
-CALLS = {f.__name__: f for f in (layer_norm_fwd, layer_norm_bwd)}
+def attention_fwd():
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
+    return [q, k, k.clone(), True, 0.5, torch.zeros_like(q), torch.zeros(2, 4, 5)]
+
+
+def attention_bwd():
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
+    inputs = [q, q.clone(), k, k.clone(), q.clone(), torch.zeros(2, 4, 5)]
+    return [*inputs, True, 0.5, torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)]
+
+
+CALLS = {f.__name__: f for f in (attention_fwd, attention_bwd, layer_norm_fwd, layer_norm_bwd)}
 
 NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, -(2**63), 1e30, float("nan"), float("inf"), True]
 
