@@ -5,6 +5,8 @@
 
 #include "cpu/isa.h"
 #include "cpu/threads.h"
+#include "embedding.h"
+#include "gelu_mlp.h"
 #include "layer_norm.h"
 #include "tensor.h"
 
@@ -28,6 +30,12 @@ PYBIND11_MODULE(_native, m) {
     m.def("use_python_attributes", &use_python_attributes);
 
     const auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def("embedding_fwd", &embedding_fwd, nogil);
+    m.def("embedding_bwd", &embedding_bwd, nogil);
+    m.def("gelu_mlp_check", &gelu_mlp_check, nogil);
+    m.def("gelu_mlp_fwd", &gelu_mlp_fwd, nogil);
+    m.def("gelu_mlp_bwd", &gelu_mlp_bwd, nogil);
+    m.def("gelu_mlp_bias_grad", &gelu_mlp_bias_grad, nogil);
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
 }
