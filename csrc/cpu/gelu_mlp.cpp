@@ -41,15 +41,23 @@ CGPT_INLINE Activation activate(vf z) {
     }
 }
 
+// The bias in fp32, zeros where there is none: a block of rows pays for it once.
+template <class T>
+std::vector<float> wide_bias(const void* bias, int64_t cols) {
+    std::vector<float> wide(cols);
+    if (bias)
+        for_lanes(cols, [&](int64_t i, auto n) { put(wide.data() + i, get(static_cast<const T*>(bias) + i, n), n); });
+    return wide;
+}
+
 template <class T, bool kTanh>
 void forward_rows(const GeluMlpFwdArgs& a, int64_t begin, int64_t end) {
-    const T* bias = static_cast<const T*>(a.bias);
+    const std::vector<float> bias = wide_bias<T>(a.bias, a.cols);
     for (int64_t r = begin; r < end; ++r) {
         const T* pre = static_cast<const T*>(a.pre) + r * a.cols;
         T* act = static_cast<T*>(a.act) + r * a.cols;
         for_lanes(a.cols, [&](int64_t i, auto n) {
-            vf z = get(pre + i, n);
-            if (bias) z += get(bias + i, n);
+            const vf z = get(pre + i, n) + get(bias.data() + i, n);
             put(act + i, z * activate<kTanh>(z).share, n);
         });
     }
@@ -58,7 +66,7 @@ void forward_rows(const GeluMlpFwdArgs& a, int64_t begin, int64_t end) {
 // Rows [begin, end); their sum of dpre goes to `partial` (cols,).
 template <class T, bool kTanh>
 void backward_rows(const GeluMlpBwdArgs& a, int64_t begin, int64_t end, float* partial) {
-    const T* bias = static_cast<const T*>(a.bias);
+    const std::vector<float> bias = wide_bias<T>(a.bias, a.cols);
     std::fill(partial, partial + a.cols, 0.0f);
     for (int64_t r = begin; r < end; ++r) {
         const T* pre = static_cast<const T*>(a.pre) + r * a.cols;
@@ -66,8 +74,7 @@ void backward_rows(const GeluMlpBwdArgs& a, int64_t begin, int64_t end, float* p
         T* act = static_cast<T*>(a.act) + r * a.cols;
         T* dpre = static_cast<T*>(a.dpre) + r * a.cols;
         for_lanes(a.cols, [&](int64_t i, auto n) {
-            vf z = get(pre + i, n);
-            if (bias) z += get(bias + i, n);
+            const vf z = get(pre + i, n) + get(bias.data() + i, n);
             const Activation f = activate<kTanh>(z);
             const vf d = get(dact + i, n) * f.slope;
             put(act + i, z * f.share, n);
@@ -107,7 +114,7 @@ void bias_grad(const GeluMlpBiasGradArgs& a) {
 }  // namespace
 
 void gelu_mlp_fwd(const GeluMlpFwdArgs& a) {
-    const int64_t grain = std::max<int64_t>(1, 16384 / a.cols);
+    const int64_t grain = std::max<int64_t>(1, 65536 / a.cols);
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
         parallel_ranges(a.rows, grain, [&](int64_t begin, int64_t end) {
             if (a.tanh)
