@@ -32,9 +32,9 @@ CGPT_INLINE Activation activate(vf z) {
         // Beyond 16 the share is 0 or 1 and the slope's second term 0; clamped, z^2 cannot overflow against that 0.
         const vf near = max(min(z, splat(16.0f)), splat(-16.0f));
         const vf square = near * near;
-        const vf s = logistic(near * madd(square, splat(0x1.2444f2p-4f), splat(0x1.988454p+0f)));
+        const Logistic s = logistic(near * madd(square, splat(0x1.2444f2p-4f), splat(0x1.988454p+0f)));
         const vf inner = madd(square, splat(0x1.b6676cp-3f), splat(0x1.988454p+0f));
-        return {s, madd(z * (s * (1.0f - s)), inner, s)};
+        return {s.value, madd(z * s.slope, inner, s.value)};
     } else {
         const Normal n = normal(z);
         return {n.cdf, madd(z, n.pdf, n.cdf)};

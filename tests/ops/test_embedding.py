@@ -87,7 +87,7 @@ def test_empty_batch_with_positions(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_views(isa, dtype):
-    ids, wte, wpe, dout = make(4, 6, 10, 16, dtype, spare=0)
+    ids, wte, _, dout = make(4, 6, 10, 16, dtype)
     wide_wte, wide_wpe = torch.randn(20, 40).to(dtype)[::2, :16], torch.randn(6, 17).to(dtype)[:, 1:]
     compare(embedding, embedding_ref, torch_embedding, (ids.t().contiguous().t(), wide_wte, wide_wpe), dout)
     expanded = dout[:1, :1].expand_as(dout)
@@ -194,6 +194,7 @@ BAD_INPUT = [
     (lambda i, e, p: (i.int(), e, p), TypeError, "ids must be int64, got int32"),
     (lambda i, e, p: (i.float(), e, p), TypeError, "ids must be int64, got float32"),
     (lambda i, e, p: ([0], e, p), TypeError, "ids must be a torch.Tensor, got list"),
+    (lambda i, e, p: (i, None, p), TypeError, "wte must be a torch.Tensor, got NoneType"),
     (lambda i, e, p: (i, e.int(), p), TypeError, "wte must be float32 or bfloat16 or float16, got int32"),
     (lambda i, e, p: (i, e[0], p), ValueError, "wte must be 2-dimensional, got shape (8,)"),
     (lambda i, e, p: (i, e[0, 0], p), ValueError, "wte must be 2-dimensional, got shape ()"),

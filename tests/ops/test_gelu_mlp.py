@@ -1,24 +1,16 @@
-import numpy as np
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DTYPES, compare, error, run
-from scipy.special import ndtr
 
 from cgpt_ext import _native, gelu_mlp, gelu_mlp_ref
 from cgpt_ext.nn import GeluMLP
 
 ACTIVATIONS = ["gelu", "gelu_tanh"]
 # (x's shape, F): 1, primes, no multiple of a vector or of a block of rows, an empty batch, one token, T % 128 == 64
-SHAPES = [
-    ((1, 1), 1),
-    ((3, 5), 7),
-    ((2, 3, 16), 64),
-    ((7, 127), 131),
-    ((1, 1, 64), 48),
-    ((2, 64, 24), 96),
-    ((197, 8), 40),
-]
+SHAPES = [((1, 1), 1), ((3, 5), 7), ((2, 3, 16), 64), ((7, 127), 131), ((1, 1, 64), 48), ((2, 64, 24), 96)]
 
 
 def torch_gelu_mlp(x, w1, b1, w2, b2, activation="gelu"):
@@ -108,12 +100,11 @@ def test_gelu_elementwise(isa):
     x = torch.linspace(-12, 12, 40001).view(1, -1)
     act, slope = torch.empty_like(x), torch.ones_like(x)
     _native.gelu_mlp_bwd(x, None, slope, act, slope, None, False)
-    exact = x.double().numpy()
-    cdf, pdf = ndtr(exact), np.exp(-0.5 * exact**2) / np.sqrt(2 * np.pi)
+    exact = x.double()
+    cdf, pdf = 0.5 * torch.erfc(-exact / math.sqrt(2)), torch.exp(-0.5 * exact**2) / math.sqrt(2 * math.pi)
     inner = exact != 0
-    relative = np.abs(act.double().numpy()[inner] / (exact * cdf)[inner] - 1)
-    assert relative.max() < 1e-6
-    assert np.abs(slope.double().numpy() - (cdf + exact * pdf)).max() < 4e-7
+    assert float((act[inner] / (exact * cdf)[inner] - 1).abs().max()) < 1e-6
+    assert error(slope, cdf + exact * pdf) < 4e-7
     forward = torch.empty_like(x)
     _native.gelu_mlp_fwd(x, None, forward, False)
     assert torch.equal(forward, act)
@@ -229,7 +220,8 @@ def test_autocast_casts_as_torch_does():
         y.sum().backward()  # fp32 leaves: autocast must not reach the products inside
     assert y.dtype == want.dtype == torch.bfloat16
     assert x.grad.dtype == ours.c_fc.weight.grad.dtype == torch.float32
-    torch.testing.assert_close(y, want)
+    cast = [t.bfloat16() for t in (x, *ours.parameters())]
+    assert torch.equal(y, gelu_mlp(*cast))
     assert torch.equal(y, again)
     wide = GeluMLP(16, 40)
     loss = wide(x).sum()
@@ -244,7 +236,7 @@ BAD_INPUT = [
     (lambda x, *p: (x.int(), *p), TypeError, "x must be float32 or bfloat16 or float16, got int32"),
     (lambda x, *p: (x.double(), *p), TypeError, "x must be float32 or bfloat16 or float16, got float64"),
     (lambda x, *p: (3, *p), TypeError, "x must be a torch.Tensor, got int"),
-    (lambda x, *p: (x.to("meta"), *p), ValueError, None),
+    (lambda x, w1, *p: (x, w1.to("meta"), *p), ValueError, "w1 must be on a cpu or cuda device, got another device"),
     (lambda x, w1, *p: (x, w1[:, :7], *p), ValueError, "w1 must be (*, 8), got (12, 7)"),
     (lambda x, w1, *p: (x, w1[:0], *p), ValueError, "w1 must be non-empty, got (0, 8)"),
     (lambda x, w1, *p: (x, w1.bfloat16(), *p), TypeError, "w1 must be float32, got bfloat16"),
@@ -256,7 +248,8 @@ BAD_INPUT = [
         "b1 must be contiguous, got shape (12,) with strides (2,)",
     ),
     (lambda x, w1, b1, w2, b2: (x, w1, b1, w2.t(), b2), ValueError, "w2 must be (8, 12), got (12, 8)"),
-    (lambda x, w1, b1, w2, b2: (x, w1, b1, None, b2), TypeError, None),
+    (lambda x, w1, b1, w2, b2: (x, w1, b1, None, b2), TypeError, "w2 must be a torch.Tensor, got NoneType"),
+    (lambda x, w1, b1, w2, b2: (x, w1, 0, w2, b2), TypeError, "b1 must be a torch.Tensor, got int"),
     (lambda x, w1, b1, w2, b2: (x, w1, b1, w2, b2[:1]), ValueError, "b2 must be (8,), got (1,)"),
     (lambda *p: (*p, "relu"), ValueError, "activation must be gelu or gelu_tanh, got relu"),
 ]
@@ -267,8 +260,7 @@ def test_bad_input(arguments, exception, message):
     inputs, _ = make((2, 8), 12, torch.float32)
     with pytest.raises(exception) as caught:
         gelu_mlp(*arguments(*inputs))
-    assert "\n" not in str(caught.value)
-    assert message is None or str(caught.value) == f"gelu_mlp: {message}"
+    assert str(caught.value) == f"gelu_mlp: {message}"
 
 
 def test_the_kernels_themselves_refuse_what_does_not_fit():
