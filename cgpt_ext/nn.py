@@ -4,7 +4,51 @@ import torch
 from torch import Tensor
 
 from cgpt_ext.ops.attention import attention_qkv
+from cgpt_ext.ops.embedding import embedding
+from cgpt_ext.ops.gelu_mlp import check_activation, gelu_mlp
 from cgpt_ext.ops.layer_norm import layer_norm
+
+
+class Embedding(torch.nn.Embedding):
+    """`torch.nn.Embedding` whose gradient is summed in fp32, in token order, without atomics.
+
+    Raises ValueError where max_norm, scale_grad_by_freq or sparse is asked for.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            value = getattr(self, option)
+            if value:
+                raise ValueError(f"Embedding: {option} must be left at its default, got {value}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Tensor) and input.dtype == torch.int32:
+            input = input.long()
+        return embedding(input, self.weight, padding_idx=self.padding_idx)
+
+
+class GeluMLP(torch.nn.Module):
+    """Linear, GELU, Linear: (..., d_model) -> (..., d_ff) -> (..., d_model).
+
+    `c_fc` and `c_proj` are plain torch.nn.Linear, under nanoGPT's names, so state_dicts interchange. Under
+    torch.autocast inputs and weights are cast as torch.nn.Linear would cast them.
+
+    Raises ValueError where activation is neither "gelu" nor "gelu_tanh".
+    """
+
+    def __init__(self, d_model: int, d_ff: int, activation: str = "gelu", bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        check_activation(activation)
+        self.activation = activation
+        self.c_fc = torch.nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
+        self.c_proj = torch.nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, self.activation)
 
 
 class LayerNorm(torch.nn.LayerNorm):
