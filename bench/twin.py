@@ -50,9 +50,12 @@ class Twin(nn.Module):
 class TwinTrainer:
     """One step as people write it: zero_grad, autocast, backward, clip, fused AdamW."""
 
-    def __init__(self, config, precision, device="cpu"):
+    def __init__(self, config, precision):
         torch.manual_seed(0)
-        self.model = Twin(config).to(device)
+        self.start(Twin(config), precision)
+
+    def start(self, model, precision):
+        self.model = model
         decayed = [p for p in self.model.parameters() if p.dim() == 2]
         rest = [p for p in self.model.parameters() if p.dim() != 2]
         self.optimizer = torch.optim.AdamW(
@@ -61,7 +64,7 @@ class TwinTrainer:
             betas=(0.9, 0.95),
             fused=True,
         )
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
     def step(self, ids, targets):
         self.optimizer.zero_grad(set_to_none=True)

@@ -403,6 +403,7 @@ def test_reference_by_name():
             TypeError,
             "cross_entropy: x must be float32 or bfloat16 or float16, got float64",
         ),
+        (lambda x, w, t: (x, None, t), TypeError, "cross_entropy: weight must be a torch.Tensor, got NoneType"),
         (lambda x, w, t: (x, w, [1, 2, 3]), TypeError, "cross_entropy: target must be a torch.Tensor, got list"),
     ],
 )
