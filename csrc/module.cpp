@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
+#include "cross_entropy.h"
 #include "embedding.h"
 #include "gelu_mlp.h"
 #include "layer_norm.h"
@@ -39,6 +40,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("gelu_mlp_fwd", &gelu_mlp_fwd, nogil);
     m.def("gelu_mlp_bwd", &gelu_mlp_bwd, nogil);
     m.def("gelu_mlp_bias_grad", &gelu_mlp_bias_grad, nogil);
+    m.def("cross_entropy_check", &cross_entropy_check, nogil);
+    m.def("cross_entropy_rows", &cross_entropy_rows, nogil);
+    m.def("cross_entropy_add", &cross_entropy_add, nogil);
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
 }

@@ -189,12 +189,8 @@ def test_unfinished_folder_of_other_sources(prose, tmp_path):
     process.kill()
     process.wait()
     before = contents(tmp_path / "out")
-    refusal(
-        "out: wanted the sources of the unfinished dataset there, got others", "moby-dick", tmp_path / "out"
-    )
-    assert {name: data for name, data in before.items() if name != "prepare.lock"} == contents(
-        tmp_path / "out"
-    )
+    refusal("out: wanted the sources of the unfinished dataset there, got others", "moby-dick", tmp_path / "out")
+    assert {name: data for name, data in before.items() if name != "prepare.lock"} == contents(tmp_path / "out")
 
 
 def test_several_sources_keep_their_order(tmp_path):
@@ -257,29 +253,21 @@ def test_folder_with_other_things_is_not_touched(tmp_path, prose):
 
 def test_out_in_use_by_another_run(tmp_path, prose):
     with writer.folder_for_one(tmp_path / "out", wait=False):
-        refusal(
-            "out: wanted a folder of our own, got one that is being prepared now", prose, tmp_path / "out"
-        )
+        refusal("out: wanted a folder of our own, got one that is being prepared now", prose, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_file_size_limit_stands_for_a_full_disk(tmp_path, prose):
     out = tmp_path / "out"
     limit = 2000  # bytes: the first shard does not fit
-    process = in_process(
-        prose, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
+    process = in_process(prose, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert process.wait() == 1
-    assert (
-        f"OSError: [Errno {errno.EFBIG}] File too large: '{out}/shard-00000.bin.tmp'" in process.stderr.read()
-    )
+    assert f"OSError: [Errno {errno.EFBIG}] File too large: '{out}/shard-00000.bin.tmp'" in process.stderr.read()
     assert not out.exists()
 
 
 @pytest.mark.parametrize("fault", [1, 4, 5, 6, 9, 30])
-def test_full_disk_at_any_write_keeps_whole_shards_and_is_resumable(
-    tmp_path, prose, whole, monkeypatch, fault
-):
+def test_full_disk_at_any_write_keeps_whole_shards_and_is_resumable(tmp_path, prose, whole, monkeypatch, fault):
     out = tmp_path / "out"
     real, calls = os.fsync, []
 
@@ -382,10 +370,7 @@ def test_open_corpus_at_once_prepares_once(tmp_path, prose, monkeypatch):
     real = room._encode
     monkeypatch.setattr(room, "_encode", lambda *batch: encoded.append(1) or real(*batch))
     results = []
-    ask = [
-        threading.Thread(target=lambda: results.append(open_corpus(prose, tmp_path, progress=False)))
-        for _ in "abc"
-    ]
+    ask = [threading.Thread(target=lambda: results.append(open_corpus(prose, tmp_path, progress=False))) for _ in "abc"]
     for thread in ask:
         thread.start()
     for thread in ask:

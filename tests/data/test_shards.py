@@ -133,9 +133,7 @@ def test_checksums_are_compared_once_and_again_after_any_change(folder, monkeypa
     data = bytearray((folder / "shard-00000.bin").read_bytes())
     data[7] ^= 1
     (folder / "shard-00000.bin").write_bytes(data)
-    os.utime(
-        folder / "shard-00000.bin", ns=(times.st_atime_ns, times.st_mtime_ns)
-    )  # hides it from mtime only
+    os.utime(folder / "shard-00000.bin", ns=(times.st_atime_ns, times.st_mtime_ns))  # hides it from mtime only
     refusal(folder, r"shard-00000\.bin: wanted sha256")
     data[7] ^= 1
     (folder / "shard-00000.bin").write_bytes(data)
@@ -162,13 +160,9 @@ def test_missing_and_unfinished(tmp_path, folder):
     refusal(tmp_path / "nowhere", "nowhere: no such file or folder; wanted a token dataset")
     (folder / "dataset.json").rename(folder / "unfinished.json")
     refusal(folder, "out: wanted a whole dataset, got an unfinished one")
-    refusal(
-        tmp_path / "a.jsonl", r"a\.jsonl: wanted a \.bin token file or a folder, got the suffix '\.jsonl'"
-    )
+    refusal(tmp_path / "a.jsonl", r"a\.jsonl: wanted a \.bin token file or a folder, got the suffix '\.jsonl'")
     (tmp_path / "empty").mkdir()
-    refusal(
-        tmp_path / "empty", r"empty: wanted a folder with dataset\.json or \.bin token files, got neither"
-    )
+    refusal(tmp_path / "empty", r"empty: wanted a folder with dataset\.json or \.bin token files, got neither")
 
 
 def test_nanogpt_file(tmp_path):
@@ -225,9 +219,7 @@ def test_ids_past_the_vocabulary(tmp_path, place):
     path = nanogpt(tmp_path / "a.bin", tokens)
     refusal(path, rf"a\.bin: wanted token ids under 50257, got 50257 at position {place}$")
     assert open_dataset(path, vocab_size=50258).vocab_size == 50258
-    refusal(
-        llmc(tmp_path / "b.bin", [1, 2**31], 20240801, 7), "wanted token ids under 50257, got 2147483648 at"
-    )
+    refusal(llmc(tmp_path / "b.bin", [1, 2**31], 20240801, 7), "wanted token ids under 50257, got 2147483648 at")
 
 
 def test_damaged_token_files(tmp_path):

@@ -70,7 +70,7 @@ def test_lse(isa, causal):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lse_far_below_what_exp_holds(isa, dtype):
     q, k, v, dout = make(1, 100, 100, 1, 1, 64, dtype)
-    # Scores near -200: exp of any of them is 0 in fp32. Multiples of 1/8 keep them exact, so that 1e-5 can be asked for.
+    # Scores near -200: exp of any of them is 0 in fp32. Multiples of 1/8 keep them exact, so that 1e-5 can be asked.
     q, k = q.round() / 8 + 5, k.round() / 8 - 5
     _, lse = fwd(q, k, v, True)
     assert lse.max() < -88.7

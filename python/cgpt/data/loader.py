@@ -87,14 +87,10 @@ def train_val_split(
         cut, rule = dataset.validation_start, "files"
         for name, got in (("train", cut), ("val", total - cut)):
             if got < need:
-                raise InputError(
-                    f"{dataset.name}: wanted at least {need} {name} tokens (seq_len + 1), got {got}"
-                )
+                raise InputError(f"{dataset.name}: wanted at least {need} {name} tokens (seq_len + 1), got {got}")
     else:
         if total < 2 * need:
-            wanted = (
-                f"wanted at least {2 * need} tokens (seq_len + 1 = {need} to train on, as many to validate)"
-            )
+            wanted = f"wanted at least {2 * need} tokens (seq_len + 1 = {need} to train on, as many to validate)"
             raise InputError(f"{dataset.name}: {wanted}, got {total}")
         held_out = _held_out_documents(dataset, need, fraction, seed)
         if held_out is not None:
@@ -214,9 +210,7 @@ def unigram_loss(train: Loader, val: Loader, n_windows: int | None = None) -> fl
     stride = CHUNK_TOKENS * max(1, math.ceil(split.n_tokens / UNIGRAM_TOKENS))
     counts = np.ones(vocab_size, dtype=np.int64)
     for start in range(0, split.n_tokens, stride):
-        counts += np.bincount(
-            split.tokens(start, min(start + CHUNK_TOKENS, split.n_tokens)), minlength=vocab_size
-        )
+        counts += np.bincount(split.tokens(start, min(start + CHUNK_TOKENS, split.n_tokens)), minlength=vocab_size)
     wanted = np.zeros(vocab_size, dtype=np.int64)
     for chunk in val.targets(n_windows):
         wanted += np.bincount(chunk, minlength=vocab_size)

@@ -105,9 +105,7 @@ def _prepare_locked(
             _encode_all(corpora, writer, skipped, workers or len(os.sched_getaffinity(0)), progress)
             if not writer.documents:
                 where = ", ".join(str(corpus.where) for corpus in corpora)
-                raise InputError(
-                    f"{where}: wanted text, got none (passed over: {dict(skipped) or 'nothing'})"
-                )
+                raise InputError(f"{where}: wanted text, got none (passed over: {dict(skipped) or 'nothing'})")
             writer.finish([corpus.name for corpus in corpora], dict(sorted(skipped.items())))
         except InputError:
             writer.remove()
@@ -137,18 +135,14 @@ def _encode_all(
         for consumed, encoded in _in_order(to_encode(), workers):
             writer.add(encoded)
             rate = (writer.tokens - before) / (time.monotonic() - since)
-            bar.set_postfix_str(
-                f"{writer.tokens / 1e6:.2f}M tokens, {rate / 1e6:.2f}M tokens/s", refresh=False
-            )
+            bar.set_postfix_str(f"{writer.tokens / 1e6:.2f}M tokens, {rate / 1e6:.2f}M tokens/s", refresh=False)
             bar.update(consumed - bar.n)
 
 
 def _bar(total: int, progress: bool) -> tqdm:
     """Bytes of source read, time left, tokens per second; a line every ten seconds where nobody watches."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not progress, mininterval=interval
-    )
+    return tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not progress, mininterval=interval)
 
 
 def _batches(corpora: list[Corpus], skipped: Counter[str], size: int) -> Iterator[tuple[int, list[Piece]]]:

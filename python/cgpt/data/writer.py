@@ -66,20 +66,14 @@ class ShardWriter:
             manifest = read_manifest(out / MANIFEST)
             if manifest["source_fingerprint"] != fingerprint:
                 held = f"{'+'.join(manifest['corpora'])}, {manifest['tokens']} tokens"
-                raise InputError(
-                    f"{out}: wanted a new or empty folder, got the dataset of other sources ({held})"
-                )
+                raise InputError(f"{out}: wanted a new or empty folder, got the dataset of other sources ({held})")
             (out / UNFINISHED).unlink(missing_ok=True)
         elif (out / UNFINISHED).exists():
             self._go_on()
         else:
-            others = sorted(
-                path.name for path in out.iterdir() if path.name not in (LOCK, UNFINISHED + ".tmp")
-            )
+            others = sorted(path.name for path in out.iterdir() if path.name not in (LOCK, UNFINISHED + ".tmp"))
             if others:
-                raise InputError(
-                    f"{out}: wanted a new or empty folder, got {len(others)} entries, {others[0]!r} first"
-                )
+                raise InputError(f"{out}: wanted a new or empty folder, got {len(others)} entries, {others[0]!r} first")
             try:
                 self._record()
             except BaseException:
@@ -237,9 +231,7 @@ def folder_for_one(out: Path, *, wait: bool) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
-                raise InputError(
-                    f"{out}: wanted a folder of our own, got one that is being prepared now"
-                ) from error
+                raise InputError(f"{out}: wanted a folder of our own, got one that is being prepared now") from error
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue  # this lock is on a file that the last holder has unlinked
             try:
