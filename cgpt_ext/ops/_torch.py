@@ -32,3 +32,10 @@ def check_tensors(op: str, **arguments: torch.Tensor | None) -> None:
     for name, value in arguments.items():
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def require_tensors(op: str, **arguments: torch.Tensor) -> None:
+    """Raises TypeError naming the first argument that is not a tensor, None included."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
