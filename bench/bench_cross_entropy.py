@@ -37,7 +37,7 @@ def test_cross_entropy(versus, shape, dtype):
         gradients(lambda: cross_entropy(x, weight, target)),
         {name: gradients(loss) for name, loss in peers(x, weight, target).items()},
         flops=6 * shape[0] * shape[1] * shape[2],
-        seconds=60.0,
+        seconds=40.0,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from numerics import DTYPES, TINY, assert_as_good_as_torch, error, run
 
-from cgpt_ext import _native, cross_entropy, cross_entropy_ref
+from cgpt_ext import cross_entropy, cross_entropy_ref, dispatch
 from cgpt_ext.nn import LinearCrossEntropyLoss
 
 # (tokens, D, V): 1, primes, tails of every vector length, T % 128 == 64, a vocabulary of several slabs' tails
@@ -172,61 +172,17 @@ def test_lse_below_where_exp_underflows(isa):
     torch.testing.assert_close(losses, torch.full((2,), 3.0).log())
 
 
-def rows(logits, target, dout=None, ignore_index=-100, z_loss=0.0):
-    """The kernel alone: losses, and dlogits where the logits were."""
-    logits, loss = logits.clone(), torch.empty(len(logits))
-    _native.cross_entropy_rows(logits, target, dout, loss, ignore_index, z_loss)
-    return loss, logits
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_logits(isa, dtype):
-    logits = torch.randn(4, 103).to(dtype)
-    logits[:, ::2] = -float("inf")
-    target = torch.tensor([1, 3, 101, 5])
-    wide = logits.double().requires_grad_()
-    F.cross_entropy(wide, target, reduction="sum").backward()
-    theirs = logits.float().requires_grad_()
-    F.cross_entropy(theirs, target, reduction="sum").backward()
-    loss, dlogits = rows(logits, target, torch.ones(4))
-    assert torch.equal(dlogits[:, ::2], torch.zeros(4, 52, dtype=dtype))
-    assert_as_good_as_torch(dlogits, wide.grad, theirs.grad.to(dtype))
-    assert_as_good_as_torch(
-        loss,
-        F.cross_entropy(wide, target, reduction="none"),
-        F.cross_entropy(theirs, target, reduction="none").detach(),
-    )
-    loss, dlogits = rows(logits, target - 1, torch.ones(4))  # a masked target cannot be right
-    assert (loss == float("inf")).all()
-    assert torch.equal(dlogits.gather(1, (target - 1)[:, None]), -torch.ones(4, 1, dtype=dtype))
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_non_finite_comes_out(isa, bad, dtype):
-    for column in (0, 50, 102):
-        logits = torch.randn(3, 103).to(dtype)
-        logits[1, column] = bad
-        loss, dlogits = rows(logits, torch.tensor([1, 2, 3]), torch.ones(3))
-        assert loss[1].isnan()
-        assert dlogits[1].isnan().all()
-        assert loss[[0, 2]].isfinite().all()
-        assert dlogits[[0, 2]].isfinite().all()
     x, weight, target = make((3, 8, 20), dtype)
     x[1, 3] = bad
     assert cross_entropy(x, weight, target).isnan()
-    assert rows(torch.full((1, 9), -float("inf")), torch.tensor([0]))[0].isnan()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_uniform_rows(isa, dtype):
-    for size in (1, 2, 16, 17, 63, 1024, 1031, 50257):
-        logits = torch.full((1, size), 0.75).to(dtype)
-        loss, dlogits = rows(logits, torch.tensor([size - 1]), torch.ones(1))
-        torch.testing.assert_close(loss.double(), torch.tensor([size], dtype=torch.float64).log(), rtol=2e-7, atol=1e-7)
-        want = torch.full((size,), 1 / size, dtype=torch.float64)
-        want[-1] -= 1
-        torch.testing.assert_close(dlogits[0].double(), want, rtol=5e-7 if dtype == torch.float32 else 2**-8, atol=0)
+    losses, dx, _ = run(cross_entropy, x, weight, target, -100, 0.0, "none", dout=torch.ones(3))
+    assert losses[1].isnan()
+    assert dx[1].isnan().all()
+    assert losses[[0, 2]].isfinite().all()
+    assert dx[[0, 2]].isfinite().all()
 
 
 def test_strided_inputs(isa):
@@ -286,32 +242,6 @@ def test_repeats_are_bit_equal():
     for _ in range(100):
         again = run(cross_entropy, x, weight, target, -100, 1e-3, "mean", None, 10, dout=torch.tensor(1.0))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernel_bits_do_not_depend_on_threads(isa, dtype):
-    logits, target, dout = 5 * torch.randn(40, 50257).to(dtype), torch.randint(0, 50257, (40,)), torch.randn(40)
-    a, b = torch.randn(300, 700), torch.randn(300, 700).bfloat16()
-    results = []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        out = torch.empty_like(b)
-        _native.cross_entropy_add(a, b, out)
-        results.append((*rows(logits, target, dout), out))
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("a_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-def test_add_rounds_once(isa, a_dtype, out_dtype):
-    a, b = torch.randn(7, 33).to(a_dtype), torch.randn(7, 33).bfloat16()
-    out = torch.empty(7, 33, dtype=out_dtype)
-    _native.cross_entropy_add(a, b, out)
-    assert torch.equal(out, (a.float() + b.float()).to(out_dtype))
-    if a_dtype == out_dtype:
-        _native.cross_entropy_add(a, b, a)
-        assert torch.equal(a, out)
 
 
 MEMORY = """
@@ -388,6 +318,22 @@ def test_compiled_equals_eager(dtype, reduction):
     assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
 
 
+def test_compiled_with_dynamic_shapes():
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, v in ((8, 30), (12, 50), (7, 41)):
+        x, weight, target = make((n, 16, v), torch.float32)
+        eager = run(cross_entropy, x, weight, target, dout=torch.tensor(1.0))
+        again = run(compiled, x, weight, target, dout=torch.tensor(1.0))
+        assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
+
+
+def test_reference_by_name():
+    x, weight, target = make((5, 8, 20), torch.float32)
+    with dispatch.use(cross_entropy="reference"):
+        chosen = cross_entropy(x, weight, target, -100, 1e-2, "none", 20)
+    assert torch.equal(chosen, cross_entropy_ref(x, weight, target, -100, 1e-2, "none", 20))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -457,6 +403,7 @@ def test_compiled_equals_eager(dtype, reduction):
             TypeError,
             "cross_entropy: x must be float32 or bfloat16 or float16, got float64",
         ),
+        (lambda x, w, t: (x, None, t), TypeError, "cross_entropy: weight must be a torch.Tensor, got NoneType"),
         (lambda x, w, t: (x, w, [1, 2, 3]), TypeError, "cross_entropy: target must be a torch.Tensor, got list"),
     ],
 )
@@ -467,26 +414,6 @@ def test_bad_input(arguments, error, message, grad):
     with pytest.raises(error) as caught:
         cross_entropy(*arguments(x, weight, target))
     assert str(caught.value) == message
-
-
-def test_the_native_border_holds_by_itself():
-    logits, loss, target = torch.randn(4, 10), torch.empty(4), torch.tensor([0, 1, 2, 10])
-    with pytest.raises(ValueError, match="target must be in"):
-        _native.cross_entropy_rows(logits, target, None, loss, -100, 0.0)
-    with pytest.raises(ValueError, match="row stride 0"):
-        _native.cross_entropy_rows(logits[:1].expand(4, 10), target % 10, None, loss, -100, 0.0)
-    with pytest.raises(ValueError, match="row stride 3"):
-        _native.cross_entropy_rows(torch.randn(40).as_strided((4, 10), (3, 1)), target % 10, None, loss, -100, 0.0)
-    with pytest.raises(ValueError, match=r"loss must be \(4,\)"):
-        _native.cross_entropy_rows(logits, target % 10, None, loss[:3], -100, 0.0)
-    with pytest.raises(ValueError, match=r"dout must be \(4,\)"):
-        _native.cross_entropy_rows(logits, target % 10, loss[:3], loss, -100, 0.0)
-    with pytest.raises(TypeError, match="logits must be float32 or bfloat16, got float16"):
-        _native.cross_entropy_rows(logits.half(), target % 10, None, loss, -100, 0.0)
-    with pytest.raises(ValueError, match=r"b must be \(4, 10\)"):
-        _native.cross_entropy_add(logits, logits[:2].bfloat16(), logits)
-    with pytest.raises(ValueError, match="out must be contiguous"):
-        _native.cross_entropy_add(logits, logits.bfloat16(), torch.empty(10, 4).T)
 
 
 def test_module(isa):
