@@ -72,11 +72,11 @@ def _row(
     return Preset(name, config, batch, steps, lr, warmup_tokens, decay, eps)
 
 
-_13B_BATCH = ((0, 720), (57_000 * 720 * 2048, 1080))  # 57,000 steps of 720 sequences, then 78,223 of 1,080
+_13B_BATCH = ((0, 720), (57_000 * 720 * 2048, 1080))  # 57,000 steps of 720, then 78,223 of 1,080
 
 # fmt: off
 _ROWS = (
-    #    name  layers width heads seq_len batch          steps peak lr    warm-up   decay     eps   residual std
+    #    name  layers width heads seq_len batch          steps peak lr    warm-up   decay     eps  resid. std
     _row("tiny",    2,  128,  2,  128, ((0, 4),),        1000, 4e-3,        25_600, "linear"),
     _row("mini",    6,  256,  4,  256, ((0, 8),),        4000, 2e-3,       409_600, "linear"),
     _row("111M",   10,  768, 12, 2048, ((0, 120),),      9037, 6e-4,   374_784_000, "linear"),
