@@ -38,7 +38,7 @@ def test_breakdown_by_hand():
 
 
 def test_matrix_products_counted_one_by_one():
-    # a product (m x k)(k x n) costs 2mkn forward and twice that backward; causal attention does half of its two
+    # a product (m x k)(k x n) costs 2mkn forward, twice that backward; causal attention does half of its two
     t, d, f, v, layers = 16, 32, 100, 1000, 2
     forward = layers * (2 * t * d * 3 * d + 2 * t * d * d + 2 * 2 * t * d * f) + 2 * t * d * v
     forward += layers * (2 * t * t * d + 2 * t * t * d) // 2
