@@ -6,7 +6,7 @@ from cgpt.model.presets import PRESETS
 from cgpt.schedule import DECAYS, batch_size, tokens_after
 
 # fmt: off
-# name: parameters, layers, width, heads, head dim, first and last batch, tokens, lr, warm-up tokens, decay, eps
+# name: parameters, layers, width, heads, head dim, first and last batch, tokens, lr, warm-up, decay, eps
 PUBLISHED = {
     "111M": (111050496, 10, 768, 12, 64, 120, 120, 2220933120, 6e-4, 374784000, "linear", 1e-8),
     "256M": (255977024, 14, 1088, 17, 64, 264, 264, 5119082496, 6e-4, 374685696, "linear", 1e-8),
