@@ -47,6 +47,15 @@ def test_a_draw_depends_on_seed_and_position_alone(model):
     assert resumed == whole[10:]
 
 
+def test_every_position_draws_anew():
+    flat = GPT(CONFIG)
+    with torch.no_grad():
+        flat.wte.weight.zero_()
+    assert (
+        len(set(generate(flat, PROMPT, 40, seed=1))) > 20
+    )  # 40 uniform draws of 50 tokens: 28 +- 3 distinct
+
+
 def test_tokens_come_one_at_a_time_and_the_callers_grad_mode_is_kept(model, monkeypatch):
     calls = []
     embed = GPT.embed
@@ -115,6 +124,7 @@ def test_sampling_follows_the_cut_distribution(cut, expected):
 def test_the_ends_of_the_unit_interval_stay_on_the_table():
     assert sample(LOGITS, 0.0, 1.0) == 2
     assert sample(LOGITS, math.nextafter(1.0, 0.0), 1.0) == 1
+    assert sample(torch.zeros(2, dtype=torch.float64), 0.5, 1.0) == 1  # each token owns [start, end)
 
 
 @pytest.mark.parametrize(
