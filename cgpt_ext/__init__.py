@@ -3,6 +3,9 @@
     from cgpt_ext import attention, gelu_mlp, layer_norm, cross_entropy, embedding, grad_norm   # functions
     from cgpt_ext.nn import Embedding, GeluMLP, LayerNorm, LinearCrossEntropyLoss              # modules
     from cgpt_ext.optim import AdamW                                                           # optimizer
+    from cgpt_ext import attention, cross_entropy, embedding, gelu_mlp, layer_norm     # functions
+    from cgpt_ext.nn import CausalSelfAttention, Embedding, GeluMLP, LayerNorm         # modules
+    from cgpt_ext.optim import AdamW                                                   # optimizer
 
 `python -m cgpt_ext` says which implementation serves each op on this machine, and why.
 """

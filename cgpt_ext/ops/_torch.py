@@ -35,7 +35,7 @@ def check_tensors(op: str, **arguments: torch.Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def check_given(op: str, **arguments: torch.Tensor) -> None:
+def require_tensors(op: str, **arguments: torch.Tensor) -> None:
     """Raises TypeError naming the first argument that is not a tensor, None included."""
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):

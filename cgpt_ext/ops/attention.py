@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import check_tensors, direct, register
+from cgpt_ext.ops._torch import direct, register, require_tensors
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
@@ -35,7 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_sca
     Raises:
         ValueError: for a wrong shape, head dim or device. TypeError: for a wrong dtype.
     """
-    check_tensors("attention", q=q, k=k, v=v)
+    require_tensors("attention", q=q, k=k, v=v)
     if reference_chosen("attention"):
         return attention_ref(q, k, v, causal, softmax_scale)
     scale = _scale(q, softmax_scale)
@@ -58,7 +58,7 @@ def attention_qkv(qkv: Tensor, n_head: int, causal: bool = False, softmax_scale:
     Raises:
         ValueError: for a wrong shape, head dim or device. TypeError: for a wrong dtype.
     """
-    check_tensors("attention_qkv", qkv=qkv)
+    require_tensors("attention_qkv", qkv=qkv)
     if qkv.dim() != 3:
         raise ValueError(f"attention_qkv: qkv must be 3-dimensional, got shape {tuple(qkv.shape)}")
     if n_head < 1 or qkv.shape[-1] % (3 * n_head):

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import autocast, check_given, direct, register
+from cgpt_ext.ops._torch import autocast, direct, register, require_tensors
 
 # A chunk's logits: 1335 tokens of bf16 at V = 50257, enough that summing dW over the chunks costs little beside the
 # products, and about what dW itself takes.
@@ -61,7 +61,7 @@ def cross_entropy(
         ValueError: for a wrong shape, device, target, vocab_size, reduction or chunk_tokens. TypeError: for a wrong
             dtype.
     """
-    check_given("cross_entropy", x=x, weight=weight, target=target)
+    require_tensors("cross_entropy", x=x, weight=weight, target=target)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"cross_entropy: reduction must be mean, sum or none, got {reduction}")
     _check_int("ignore_index", ignore_index)

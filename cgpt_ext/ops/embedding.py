@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import check_given, check_tensors, direct, register
+from cgpt_ext.ops._torch import check_tensors, direct, register, require_tensors
 
 
 def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, padding_idx: int | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, padding_idx: 
         ValueError: for a wrong shape, stride or device, an id out of range or more positions than wpe has rows.
         TypeError: for a wrong dtype.
     """
-    check_given("embedding", ids=ids, wte=wte)
+    require_tensors("embedding", ids=ids, wte=wte)
     check_tensors("embedding", wpe=wpe)
     padding_idx = _row_of(padding_idx, wte)
     if reference_chosen("embedding"):

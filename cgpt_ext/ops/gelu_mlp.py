@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import autocast, check_given, check_tensors, direct, register
+from cgpt_ext.ops._torch import autocast, check_tensors, direct, register, require_tensors
 
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # our names, torch's names
 
@@ -42,7 +42,7 @@ def gelu_mlp(
     Raises:
         ValueError: for a wrong shape, device or activation. TypeError: for a wrong dtype.
     """
-    check_given("gelu_mlp", x=x, w1=w1, w2=w2)
+    require_tensors("gelu_mlp", x=x, w1=w1, w2=w2)
     check_tensors("gelu_mlp", b1=b1, b2=b2)
     check_activation(activation)
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
