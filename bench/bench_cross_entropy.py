@@ -37,7 +37,7 @@ def test_cross_entropy(versus, shape, dtype):
         gradients(lambda: cross_entropy(x, weight, target)),
         {name: gradients(loss) for name, loss in peers(x, weight, target).items()},
         flops=6 * shape[0] * shape[1] * shape[2],
-        seconds=40.0,
+        seconds=15.0,
     )
 
 
@@ -49,7 +49,7 @@ def test_cross_entropy_evaluation(versus, shape):
         lambda: cross_entropy(x, weight, target),
         peers(x, weight, target),
         flops=2 * shape[0] * shape[1] * shape[2],
-        seconds=20.0,
+        seconds=15.0,
     )
 
 
@@ -72,5 +72,5 @@ def test_gemm_share(versus):
         lambda: torch.autograd.grad(cross_entropy(x, weight, target), (x, weight)),
         {"three GEMMs": products},
         flops=6 * n * d * v,
-        seconds=30.0,
+        seconds=15.0,
     )

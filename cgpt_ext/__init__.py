@@ -1,8 +1,5 @@
 """Fused GPT kernels as drop-in torch functions, modules and optimizers.
 
-    from cgpt_ext import attention, gelu_mlp, layer_norm, cross_entropy, embedding, grad_norm   # functions
-    from cgpt_ext.nn import Embedding, GeluMLP, LayerNorm, LinearCrossEntropyLoss              # modules
-    from cgpt_ext.optim import AdamW                                                           # optimizer
     from cgpt_ext import attention, cross_entropy, embedding, gelu_mlp, layer_norm     # functions
     from cgpt_ext.nn import CausalSelfAttention, Embedding, GeluMLP, LayerNorm         # modules
     from cgpt_ext.optim import AdamW                                                   # optimizer

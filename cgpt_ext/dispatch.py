@@ -14,11 +14,6 @@ from cgpt_ext import _native
 # op -> device type -> (implementation, why)
 TABLE: dict[str, dict[str, tuple[str, str]]] = {
     "attention": {"cpu": ("native", "fp32 blocks in cache: forward and backward faster than torch's at bf16 and fp32")},
-    "cross_entropy": {
-        "cpu": ("native", "one pass a row between torch's products; no more than a chunk of logits exists")
-    },
-    "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
-    "gelu_mlp": {"cpu": ("native", "torch's matrix products; bias, GELU and both bias gradients one pass a direction")},
     "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
     "gelu_mlp": {"cpu": ("native", "torch's matrix products; bias, GELU and both bias gradients one pass a direction")},
     "cross_entropy": {
