@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def direct(x: torch.Tensor) -> bool:
@@ -39,3 +40,12 @@ def require_tensors(op: str, **arguments: torch.Tensor) -> None:
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors as torch.autocast hands them to a matrix product of torch's own: in its dtype where it is on."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.dtype in _AUTOCAST else t for t in tensors]
