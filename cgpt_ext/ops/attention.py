@@ -97,7 +97,8 @@ def _scale(q, softmax_scale):
 
 def _heads(qkv, n_head):
     """q, k, v (B, T, H, D) as views of the packed projection."""
-    return qkv.unflatten(2, (3, n_head, qkv.shape[2] // (3 * n_head))).unbind(2)
+    B, T, packed = qkv.shape
+    return qkv.view(B, T, 3, n_head, packed // (3 * n_head)).unbind(2)
 
 
 class _Attention(torch.autograd.Function):
@@ -164,7 +165,7 @@ def _launch_qkv_fwd(qkv, n_head, causal, scale, save_lse):
 def _launch_qkv_bwd(dout, qkv, out, lse, n_head, causal, scale):
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     q, k, v = _heads(_rows(qkv), n_head)
-    dout, out = (x.unflatten(2, (n_head, -1)) for x in (_rows(dout), out))
+    dout, out = (x.view(q.shape) for x in (_rows(dout), out))
     _native.attention_bwd(dout, q, k, v, out, lse, causal, scale, *_heads(dqkv, n_head))
     return dqkv
 

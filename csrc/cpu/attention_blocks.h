@@ -16,9 +16,9 @@
 
 namespace cgpt::CGPT_ISA {
 
-inline constexpr int64_t kKeys =
-    64;  // keys a block: a transposed block of 64-wide heads is 16 KiB, half a first-level cache
-inline constexpr int64_t kQueries = 96;  // queries a block, a multiple of kTileRows
+// A block of 64 keys, transposed, is 16 KiB at head dim 64: half a first-level cache. Queries are a multiple of every
+// kTileRows and W. Measured on Zen 4, 48 to 192 queries and 64 or 128 keys lie within 5 % of each other.
+inline constexpr int64_t kKeys = 64, kQueries = 96;
 inline constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }

@@ -189,7 +189,7 @@ def test_bits_do_not_depend_on_threads(isa, shape):
 
 
 def test_repeats_are_bit_equal(isa):
-    q, k, v, dout = make(2, 70, 70, 2, 2, 24, torch.bfloat16)
+    q, k, v, dout = make(1, 19, 70, 2, 1, 16, torch.bfloat16)
     first = run(attention, q, k, v, True, dout=dout)
     for _ in range(100):
         assert all(torch.equal(a, b) for a, b in zip(first, run(attention, q, k, v, True, dout=dout), strict=True))
@@ -215,7 +215,7 @@ def test_packed(isa, causal, dtype):
 
 
 def test_reference_gradients():
-    q, k, v, _ = (x.double().requires_grad_() for x in make(1, 5, 3, 2, 1, 8))
+    q, k, v, _ = (x.double().requires_grad_() for x in make(1, 3, 2, 2, 1, 8))
     assert torch.autograd.gradcheck(lambda q, k, v: attention_ref(q, k, v, True), (q, k, v))
     assert torch.autograd.gradcheck(lambda q, k, v: attention_ref(q, k, v, False, 0.3), (q, k, v))
 
