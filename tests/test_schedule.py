@@ -4,7 +4,6 @@ import math
 from itertools import pairwise
 
 import pytest
-
 from cgpt.errors import InputError
 from cgpt.schedule import batch_size, learning_rate, steps_for, tokens_after
 
@@ -73,9 +72,7 @@ def test_bad_rates_are_named(change, message):
         learning_rate(arguments.pop("tokens"), **arguments)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "batch"), [(0, 4), (99, 4), (100, 6), (101, 7), (999, 7), (1000, 3), (10**12, 3)]
-)
+@pytest.mark.parametrize(("tokens", "batch"), [(0, 4), (99, 4), (100, 6), (101, 7), (999, 7), (1000, 3), (10**12, 3)])
 def test_batch_size_switches_on_the_boundary(tokens, batch):
     assert batch_size(tokens, STEPPED) == batch
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import check_tensors, direct, register
+from cgpt_ext.ops._torch import check_tensors, direct, register, require_tensors
 
 
 def layer_norm(
@@ -33,7 +33,8 @@ def layer_norm(
     Raises:
         ValueError: for a wrong shape or device. TypeError: for a wrong dtype.
     """
-    check_tensors("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
+    require_tensors("layer_norm", x=x, weight=weight)
+    check_tensors("layer_norm", bias=bias, residual=residual)
     if reference_chosen("layer_norm"):
         return layer_norm_ref(x, weight, bias, eps, residual)
     if torch.is_grad_enabled() and (

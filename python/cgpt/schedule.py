@@ -104,6 +104,4 @@ def check_batch_schedule(schedule: BatchSchedule) -> None:
         raise InputError(f"batch schedule: starts must ascend from 0 tokens, got {starts}")
     for start, batch in schedule:
         if batch < 1:
-            raise InputError(
-                f"batch schedule: batch from {start} tokens must be at least 1 sequence, got {batch}"
-            )
+            raise InputError(f"batch schedule: batch from {start} tokens must be at least 1 sequence, got {batch}")

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from cgpt.errors import InputError
 from cgpt.evaluate.generate import generate, sample
 from cgpt.model.config import GPTConfig
@@ -51,9 +50,7 @@ def test_every_position_draws_anew():
     flat = GPT(CONFIG)
     with torch.no_grad():
         flat.wte.weight.zero_()
-    assert (
-        len(set(generate(flat, PROMPT, 40, seed=1))) > 20
-    )  # 40 uniform draws of 50 tokens: 28 +- 3 distinct
+    assert len(set(generate(flat, PROMPT, 40, seed=1))) > 20  # 40 uniform draws of 50 tokens: 28 +- 3 distinct
 
 
 def test_tokens_come_one_at_a_time_and_the_callers_grad_mode_is_kept(model, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
@@ -53,8 +52,7 @@ def gpt2_logits(weights, ids, config):
         heads = []
         for head in range(config.n_head):
             q, k, v = (
-                packed[..., part * config.d_model + head * config.d_head :][..., : config.d_head]
-                for part in range(3)
+                packed[..., part * config.d_model + head * config.d_head :][..., : config.d_head] for part in range(3)
             )
             scores = (q @ k.transpose(1, 2) / math.sqrt(config.d_head)).masked_fill(future, -math.inf)
             heads.append(scores.softmax(-1) @ v)
@@ -106,9 +104,7 @@ def test_fp32_values_and_gradients_equal_the_fp64_definition(activation, batch, 
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
-        scale = (
-            want[name].norm().clamp_min(1e-6)
-        )  # a single token leaves attention's q and k without gradient
+        scale = want[name].norm().clamp_min(1e-6)  # a single token leaves attention's q and k without gradient
         assert (parameter.grad.double() - want[name]).norm() < 1e-5 * scale, name
 
 
@@ -159,9 +155,7 @@ def test_the_head_is_tied_and_owns_nothing():
     assert model.head.wte.weight is model.wte.weight
     model(ids, targets).backward()
     unseen = sorted(set(range(CONFIG.vocab_size)) - set(ids.flatten().tolist()))
-    assert (
-        model.wte.weight.grad[unseen].norm(dim=1) > 0
-    ).all()  # only the output projection reaches these rows
+    assert (model.wte.weight.grad[unseen].norm(dim=1) > 0).all()  # only the output projection reaches these rows
 
 
 def test_no_token_sees_the_future():

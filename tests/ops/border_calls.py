@@ -34,7 +34,61 @@ def attention_bwd():
     return [*inputs, True, 0.5, torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)]
 
 
-CALLS = {f.__name__: f for f in (attention_fwd, attention_bwd, layer_norm_fwd, layer_norm_bwd)}
+def gelu_mlp_check():
+    return [torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8, 16), torch.randn(8)]
+
+
+def gelu_mlp_fwd():
+    return [torch.randn(3, 16), torch.randn(16), torch.empty(3, 16), False]
+
+
+def gelu_mlp_bwd():
+    pre = torch.randn(3, 16)
+    return [pre, torch.randn(16), torch.randn(3, 16), torch.zeros(3, 16), torch.zeros(3, 16), torch.zeros(16), False]
+
+
+def gelu_mlp_bias_grad():
+    return [torch.randn(5, 16), torch.zeros(16)]
+
+
+def embedding_fwd():
+    return [torch.randint(0, 9, (2, 5)), torch.randn(9, 16), torch.randn(5, 16), torch.zeros(2, 5, 16)]
+
+
+def embedding_bwd():
+    return [torch.randn(2, 5, 16), torch.randint(0, 9, (2, 5)), torch.zeros(9, 16), torch.zeros(5, 16), -1]
+
+
+def cross_entropy_check():
+    return [torch.randn(5, 16), torch.randn(9, 16), torch.randint(0, 9, (5,)), -100, 9]
+
+
+def cross_entropy_rows():
+    return [torch.randn(5, 9), torch.randint(0, 9, (5,)), torch.ones(5), torch.zeros(5), -100, 0.0]
+
+
+def cross_entropy_add():
+    return [torch.randn(5, 9), torch.randn(5, 9).bfloat16(), torch.zeros(5, 9)]
+
+
+CALLS = {
+    f.__name__: f
+    for f in (
+        attention_fwd,
+        attention_bwd,
+        cross_entropy_add,
+        cross_entropy_check,
+        cross_entropy_rows,
+        embedding_bwd,
+        embedding_fwd,
+        gelu_mlp_bias_grad,
+        gelu_mlp_bwd,
+        gelu_mlp_check,
+        gelu_mlp_fwd,
+        layer_norm_bwd,
+        layer_norm_fwd,
+    )
+}
 
 NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, -(2**63), 1e30, float("nan"), float("inf"), True]
 

@@ -59,7 +59,7 @@ def test_hostile_arguments():
     assert refused > tried / 2
 
 
-def test_uninitialised_python_attributes_path(request):
+def test_python_attributes_path(request):
     """The same border without torch's DLPack table, as an older torch would be read."""
     _native.use_python_attributes(True)
     request.addfinalizer(lambda: _native.use_python_attributes(False))

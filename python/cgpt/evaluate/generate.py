@@ -38,9 +38,7 @@ def generate(
     return _stream(model, list(ids), max_tokens, temperature, top_k, top_p, seed, eot)
 
 
-def _check(
-    model: GPT, ids: Sequence[int], max_tokens: int, temperature: float, top_k: int, top_p: float
-) -> None:
+def _check(model: GPT, ids: Sequence[int], max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     if not len(ids):
         raise InputError("generate: the prompt must be at least one token, got none")
     wrong = [i for i in ids if not 0 <= i < model.config.vocab_size]
@@ -69,9 +67,7 @@ def _stream(
     for _ in range(max_tokens):
         logits = _last_logits(model, ids[-model.config.seq_len :])
         if not torch.isfinite(logits).all():
-            raise InputError(
-                f"generate: the model's logits at position {len(ids)} must be finite, got NaN or Inf"
-            )
+            raise InputError(f"generate: the model's logits at position {len(ids)} must be finite, got NaN or Inf")
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -61,9 +61,7 @@ class GPTConfig:
         if self.d_head % 8 or self.d_head > 256:
             raise InputError(f"GPTConfig: d_head must be a multiple of 8 up to 256, got {self.d_head}")
         if self.activation not in ACTIVATIONS:
-            raise InputError(
-                f"GPTConfig: activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
-            )
+            raise InputError(f"GPTConfig: activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         for name in ("layer_norm_eps", "embedding_init_std", "hidden_init_std", "residual_init_std"):
             value = getattr(self, name)
             if value is None and name == "residual_init_std":

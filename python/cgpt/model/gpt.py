@@ -68,9 +68,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        q, k, v = (
-            self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)
-        )  # strided (B, T, H, K), no copy
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # strided (B, T, H, K), no copy
         out = attention(q, k, v, causal=True, softmax_scale=self.softmax_scale)
         return self.c_proj(out.flatten(2))
 
@@ -155,9 +153,7 @@ class GPT(nn.Module):
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise InputError(f"GPT: ids must be (batch, time) int64, got {tuple(ids.shape)} {ids.dtype}")
         if ids.shape[1] > self.config.seq_len:
-            raise InputError(
-                f"GPT: a sequence must be at most {self.config.seq_len} tokens, got {ids.shape[1]}"
-            )
+            raise InputError(f"GPT: a sequence must be at most {self.config.seq_len} tokens, got {ids.shape[1]}")
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in torch.aminmax(ids))
             if low < 0 or high >= self.config.vocab_size:
