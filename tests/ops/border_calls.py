@@ -34,7 +34,30 @@ def attention_bwd():
     return [*inputs, True, 0.5, torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)]
 
 
-CALLS = {f.__name__: f for f in (attention_fwd, attention_bwd, layer_norm_fwd, layer_norm_bwd)}
+def adamw():
+    shapes = [(3, 5), (8,)]
+    high, grads = ([torch.randn(shape).bfloat16() for shape in shapes] for _ in range(2))
+    states = [[torch.zeros(shape) for shape in shapes] for _ in range(2)]
+    steps, lows = [torch.ones(()) for _ in shapes], [torch.zeros(shape, dtype=torch.int16) for shape in shapes]
+    scalars = [0, 1e-3, torch.tensor(1e-3), 0.9, 0.95, 1e-8, 0.1]
+    return [high, grads, *states, steps, *scalars, [], lows, torch.tensor(0.5), False]
+
+
+def split_master():
+    return [torch.randn(3, 5), torch.zeros(3, 5).bfloat16(), torch.zeros(3, 5, dtype=torch.int16)]
+
+
+def join_master():
+    return [torch.randn(3, 5).bfloat16(), torch.zeros(3, 5, dtype=torch.int16), torch.zeros(3, 5)]
+
+
+def grad_norm():
+    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(())]
+
+
+ATTENTION_AND_NORM = (attention_fwd, attention_bwd, layer_norm_fwd, layer_norm_bwd)
+OPTIMIZER = (adamw, split_master, join_master, grad_norm)
+CALLS = {f.__name__: f for f in (*ATTENTION_AND_NORM, *OPTIMIZER)}
 
 NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, -(2**63), 1e30, float("nan"), float("inf"), True]
 
