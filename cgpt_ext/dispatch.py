@@ -13,6 +13,14 @@ from cgpt_ext import _native
 
 # op -> device type -> (implementation, why)
 TABLE: dict[str, dict[str, tuple[str, str]]] = {
+    "adamw": {
+        "cpu": ("native", "runs at memory speed, 1.3 times torch's fused step on two threads of a Zen 4"),
+        "cuda": ("native", "one launch for all parameters; torch takes one for every few dozen tensors"),
+    },
+    "grad_norm": {
+        "cpu": ("native", "double sums at memory speed; torch's fp32 sums lose four digits over 96M elements"),
+        "cuda": ("reference", "plain torch in double: there is no CUDA kernel yet"),
+    },
     "attention": {"cpu": ("native", "fp32 blocks in cache: forward and backward faster than torch's at bf16 and fp32")},
     "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
     "gelu_mlp": {"cpu": ("native", "torch's matrix products; bias, GELU and both bias gradients one pass a direction")},

@@ -1,5 +1,7 @@
 """Drop-in modules: torch's own constructors and state_dicts, this package's kernels inside."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from cgpt_ext.ops.attention import attention_qkv
 from cgpt_ext.ops.cross_entropy import cross_entropy
 from cgpt_ext.ops.embedding import embedding
 from cgpt_ext.ops.gelu_mlp import check_activation, gelu_mlp
+from cgpt_ext.ops.grad_norm import grad_norm
 from cgpt_ext.ops.layer_norm import layer_norm
 
 
@@ -70,6 +73,45 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         return layer_norm(x, self.weight, self.bias, self.eps, residual)
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` with the L2 norm summed in double by `grad_norm`.
+
+    Other norms, gradients on several devices and gradients in other dtypes are torch's own work.
+
+    Returns:
+        The norm before clipping, 0-d on the gradients' device.
+
+    Raises:
+        RuntimeError: with `error_if_nonfinite`, where the norm is NaN or infinite; no gradient is touched then.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    ours = (
+        float(norm_type) == 2.0
+        and all(type(g) is Tensor and g.dtype in (torch.float32, torch.bfloat16, torch.float16) for g in grads)
+        and len({g.device for g in grads}) == 1
+    )
+    if not ours:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    norm = grad_norm(grads)
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it cannot be"
+            " clipped. To disable this error and scale the gradients by the non-finite norm anyway, set"
+            " `error_if_nonfinite=False`"
+        )
+    # On a CPU the coefficient can be read without waiting for it: where it is 1, the gradients stay as they are.
+    if norm.device.type != "cpu" or not float(max_norm) / (norm + 1e-6) >= 1.0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach)
+    return norm
 
 
 class CausalSelfAttention(torch.nn.Module):

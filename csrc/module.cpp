@@ -3,12 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "adamw.h"
 #include "attention.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "gelu_mlp.h"
+#include "grad_norm.h"
 #include "layer_norm.h"
 #include "tensor.h"
 
@@ -25,6 +27,11 @@ PYBIND11_MODULE(_native, m) {
         }
     });
 
+#if defined(CGPT_CUDA)
+    m.attr("has_cuda_kernels") = true;
+#else
+    m.attr("has_cuda_kernels") = false;
+#endif
     m.def("cpu_isa", &cpu_isa_name);
     m.def("cpu_isas", &cpu_isas);
     m.def("set_cpu_isa", &set_cpu_isa);
@@ -32,6 +39,10 @@ PYBIND11_MODULE(_native, m) {
     m.def("use_python_attributes", &use_python_attributes);
 
     const auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def("adamw", &adamw, nogil);
+    m.def("split_master", &split_master, nogil);
+    m.def("join_master", &join_master, nogil);
+    m.def("grad_norm", &grad_norm, nogil);
     m.def("attention_fwd", &attention_fwd, nogil);
     m.def("attention_bwd", &attention_bwd, nogil);
     m.def("embedding_fwd", &embedding_fwd, nogil);

@@ -145,6 +145,7 @@ bool view_of_tensor(py::handle source, View& out) {
 void use_python_attributes(bool on) { attributes_only = on; }
 
 void* current_stream(int device_id) {
+    py::gil_scoped_acquire gil;  // launchers run without it
     void* stream = nullptr;
     if (const DLPackExchangeAPI* api = torch().api) {
         if (api->current_work_stream(kDLCUDA, device_id, &stream) != 0) throw py::error_already_set();

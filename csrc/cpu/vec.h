@@ -46,13 +46,31 @@ CGPT_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
 CGPT_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 CGPT_INLINE vf as_float(vu x) { return reinterpret_cast<vf>(x); }
 
-CGPT_INLINE vf widen(vh bits, bf16) { return as_float(__builtin_convertvector(bits, vu) << 16); }
+// 16-bit lanes as the low halves of 32-bit ones, and back; gcc 12 takes the long way when it is not told.
+CGPT_INLINE vu widen_bits(vh bits) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+    return (vu)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+    return __builtin_convertvector(bits, vu);
+#endif
+}
+CGPT_INLINE vh narrow_bits(vu bits) {
+#if defined(__AVX512F__)
+    return (vh)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+    return __builtin_convertvector(bits, vh);
+#endif
+}
+
+CGPT_INLINE vf widen(vh bits, bf16) { return as_float(widen_bits(bits) << 16); }
 
 CGPT_INLINE vh narrow(vf x, bf16) {
     vu u = reinterpret_cast<vu>(x);
     vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     vu quiet = (u >> 16) | 0x40u;  // rounding could carry a NaN's payload into infinity
-    return __builtin_convertvector(x == x ? rounded : quiet, vh);
+    return narrow_bits(x == x ? rounded : quiet);
 }
 
 // Scalar IEEE half conversions for machines without F16C.

@@ -71,9 +71,31 @@ def cross_entropy_add():
     return [torch.randn(5, 9), torch.randn(5, 9).bfloat16(), torch.zeros(5, 9)]
 
 
+def adamw():
+    shapes = [(3, 5), (8,)]
+    high, grads = ([torch.randn(shape).bfloat16() for shape in shapes] for _ in range(2))
+    states = [[torch.zeros(shape) for shape in shapes] for _ in range(2)]
+    steps, lows = [torch.ones(()) for _ in shapes], [torch.zeros(shape, dtype=torch.int16) for shape in shapes]
+    scalars = [0, 1e-3, torch.tensor(1e-3), 0.9, 0.95, 1e-8, 0.1]
+    return [high, grads, *states, steps, *scalars, [], lows, torch.tensor(0.5), False]
+
+
+def split_master():
+    return [torch.randn(3, 5), torch.zeros(3, 5).bfloat16(), torch.zeros(3, 5, dtype=torch.int16)]
+
+
+def join_master():
+    return [torch.randn(3, 5).bfloat16(), torch.zeros(3, 5, dtype=torch.int16), torch.zeros(3, 5)]
+
+
+def grad_norm():
+    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(())]
+
+
 CALLS = {
     f.__name__: f
     for f in (
+        adamw,
         attention_fwd,
         attention_bwd,
         cross_entropy_add,
@@ -85,8 +107,11 @@ CALLS = {
         gelu_mlp_bwd,
         gelu_mlp_check,
         gelu_mlp_fwd,
+        grad_norm,
+        join_master,
         layer_norm_bwd,
         layer_norm_fwd,
+        split_master,
     )
 }
 

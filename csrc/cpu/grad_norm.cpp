@@ -1,0 +1,73 @@
+// The global gradient norm on the CPU. grad_norm.h states the order of the sums.
+#include "../grad_norm.h"
+
+#include <cmath>
+#include <vector>
+
+#include "threads.h"
+#include "vec.h"
+
+namespace cgpt::CGPT_ISA {
+namespace {
+
+constexpr int64_t kChunk = 1 << 15;
+constexpr int kSums = 32;  // two of the widest vectors, so that every instruction set adds in one order
+constexpr int kHalf = W / 2;
+
+// The doubles that half a vector of floats widens to; gcc 12 converts these by halves or elements without being told.
+typedef double vd __attribute__((vector_size(8 * kHalf)));
+
+// A square is exact, so the fused and the separate form give the same sum.
+CGPT_INLINE void add_squares(vd* sums, vf x) {
+#if defined(__AVX512F__)
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+    sums[0] = (vd)_mm512_fmadd_pd(low, low, (__m512d)sums[0]);
+    sums[1] = (vd)_mm512_fmadd_pd(high, high, (__m512d)sums[1]);
+#elif defined(__AVX2__)
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+    sums[0] = (vd)_mm256_fmadd_pd(low, low, (__m256d)sums[0]);
+    sums[1] = (vd)_mm256_fmadd_pd(high, high, (__m256d)sums[1]);
+#else
+    const vd low = {x[0], x[1]}, high = {x[2], x[3]};
+    sums[0] += low * low;
+    sums[1] += high * high;
+#endif
+}
+
+template <class T>
+double sum_of_squares(const T* x, int64_t n) {
+    vd sums[kSums / kHalf] = {};
+    int64_t i = 0;
+    for (; i + kSums <= n; i += kSums)
+        for (int lane = 0; lane < kSums; lane += W) add_squares(sums + lane / kHalf, load(x + i + lane));
+    for (int lane = 0; i < n; lane += W, i += W) add_squares(sums + lane / kHalf, load_n(x + i, n - i < W ? n - i : W));
+    double lanes[kSums];
+    std::memcpy(lanes, sums, sizeof lanes);
+    for (int half = kSums / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+}  // namespace
+
+void grad_norm(const GradNormArgs& a) {
+    struct Chunk {
+        int64_t tensor, begin;
+    };
+    std::vector<Chunk> chunks;
+    for (int64_t t = 0; t < a.count; ++t)
+        for (int64_t begin = 0; begin < a.tensors[t].numel; begin += kChunk) chunks.push_back({t, begin});
+    std::vector<double> sums(chunks.size());
+    parallel_for(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
+        const GradNormTensor& t = a.tensors[chunks[i].tensor];
+        const int64_t begin = chunks[i].begin, n = t.numel - begin < kChunk ? t.numel - begin : kChunk;
+        CGPT_WITH_FLOAT_TYPE(t.dtype, T, sums[i] = sum_of_squares(static_cast<const T*>(t.data) + begin, n))
+    });
+    double total = 0.0;
+    for (double s : sums) total += s;
+    *a.norm = static_cast<float>(std::sqrt(total));
+}
+
+}  // namespace cgpt::CGPT_ISA
