@@ -1,0 +1,199 @@
+"""Text to token shards: read in order, tokenize in parallel, write in order, survive a kill.
+
+    pieces of text --(batches of a fixed size)--> threads --(in order)--> shard-00000.bin, ...
+
+Batches and shards are cut by the text alone, so the bytes written depend neither on the number of workers
+nor on interruptions. tiktoken releases the interpreter lock while it encodes, so threads do the work without
+copying text between processes. A run that finds whole shards of an interrupted one keeps them, reads past
+their text without tokenizing it, and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cgpt.data import shards
+from cgpt.data.sources import BUILT_IN, Corpus, Piece, find, read
+from cgpt.data.tokenizer import EOT, gpt2, vocabulary_hash
+from cgpt.data.writer import DTYPE, Encoded, ShardWriter, folder_for_one
+from cgpt.errors import InputError
+
+BATCH_CHARS = 1 << 20  # about 0.25M tokens: 50 ms of work, against which handing it over costs nothing
+SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
+
+
+def prepare(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+    shard_tokens: int = SHARD_TOKENS,
+) -> shards.TokenDataset:
+    """Tokenize `sources` (text files, folders of them, built-in names) into the dataset folder `out`.
+
+    Each document is followed by EOT. `workers` threads encode (default: the cores this process may use).
+    `out` must be new, empty, or left by an interrupted run with the same sources, which is then finished;
+    one that holds the finished dataset of the same sources is opened. A shard closes at the first batch that
+    takes it to `shard_tokens`.
+
+    Raises InputError for sources that are missing, empty, binary, not UTF-8, damaged, or of unknown form,
+    after which nothing is left in `out`, and for an `out` in use or holding something else. Raises OSError
+    naming the file where the disk is full or not writable; whole shards, if any, stay for the next run.
+    """
+    corpora = [find(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    if not corpora:
+        raise InputError(f"{out}: wanted at least one source to prepare, got none")
+    out = Path(out)
+    fingerprint = _fingerprint(corpora, shard_tokens)
+    with folder_for_one(out, wait=False):
+        return _prepare_locked(corpora, out, fingerprint, workers, progress, shard_tokens)
+
+
+def open_corpus(
+    name_or_path: str | Path, cache_dir: str | Path | None = None, *, progress: bool = True
+) -> shards.TokenDataset:
+    """The dataset behind what a user calls data: a built-in name, text, a prepared folder, or token files.
+
+    Text is prepared on first use, in a folder of `cache_dir` (default: `cgpt` in the user's cache folder)
+    keyed by the names, sizes and modification times of its files; processes that ask at once share the work
+    of one. Raises as `prepare` and `shards.open_dataset` do.
+    """
+    path = Path(name_or_path)
+    if name_or_path not in BUILT_IN and path.exists() and shards.is_token_source(path):
+        return shards.open_dataset(path)
+    corpus = find(name_or_path)
+    fingerprint = _fingerprint([corpus], SHARD_TOKENS)
+    cache = Path(cache_dir) if cache_dir else _user_cache()
+    out = cache / f"{corpus.name}-{fingerprint[:16]}"
+    if not (out / shards.MANIFEST).exists():
+        with folder_for_one(out, wait=True):
+            _prepare_locked([corpus], out, fingerprint, None, progress, SHARD_TOKENS)
+    return shards.open_dataset(out)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgpt"
+
+
+def _fingerprint(corpora: list[Corpus], shard_tokens: int) -> str:
+    """Equal where a run would write the same bytes, as far as names, sizes and times of the sources tell."""
+    settings = [shards.VERSION, vocabulary_hash(), BATCH_CHARS, shard_tokens]
+    parts = settings + [corpus.fingerprint() for corpus in corpora]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _prepare_locked(
+    corpora: list[Corpus], out: Path, fingerprint: str, workers: int | None, progress: bool, shard_tokens: int
+) -> shards.TokenDataset:
+    writer = ShardWriter(out, fingerprint, shard_tokens)
+    if not writer.finished:
+        skipped: Counter[str] = Counter()
+        try:
+            _encode_all(corpora, writer, skipped, workers or len(os.sched_getaffinity(0)), progress)
+            if not writer.documents:
+                where = ", ".join(str(corpus.where) for corpus in corpora)
+                raise InputError(
+                    f"{where}: wanted text, got none (passed over: {dict(skipped) or 'nothing'})"
+                )
+            writer.finish([corpus.name for corpus in corpora], dict(sorted(skipped.items())))
+        except InputError:
+            writer.remove()
+            raise
+        except BaseException:
+            writer.abandon()
+            raise
+    return shards.open_dataset(out, verify=False)
+
+
+def _encode_all(
+    corpora: list[Corpus], writer: ShardWriter, skipped: Counter[str], workers: int, progress: bool
+) -> None:
+    with _bar(sum(corpus.size() for corpus in corpora), progress) as bar:
+        before, since = writer.tokens, time.monotonic()
+
+        def to_encode() -> Iterator[tuple[int, list[Piece]]]:
+            """Batches not yet on disk, with the bytes of source read so far."""
+            batches = _batches(corpora, skipped, min(BATCH_CHARS, writer.shard_tokens))
+            for number, (consumed, pieces) in enumerate(batches):
+                if number >= writer.batches:
+                    yield consumed, pieces
+                else:
+                    bar.update(consumed - bar.n)
+                    bar.initial = bar.n  # read past, not worked through: leave it out of the rate
+
+        for consumed, encoded in _in_order(to_encode(), workers):
+            writer.add(encoded)
+            rate = (writer.tokens - before) / (time.monotonic() - since)
+            bar.set_postfix_str(
+                f"{writer.tokens / 1e6:.2f}M tokens, {rate / 1e6:.2f}M tokens/s", refresh=False
+            )
+            bar.update(consumed - bar.n)
+
+
+def _bar(total: int, progress: bool) -> tqdm:
+    """Bytes of source read, time left, tokens per second; a line every ten seconds where nobody watches."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not progress, mininterval=interval
+    )
+
+
+def _batches(corpora: list[Corpus], skipped: Counter[str], size: int) -> Iterator[tuple[int, list[Piece]]]:
+    """Lists of pieces, the shortest with at least `size` characters, and the bytes of source read so far."""
+    pieces: list[Piece] = []
+    length = finished = 0
+    for corpus in corpora:
+        for piece in read(corpus, skipped):
+            pieces.append(piece)
+            length += len(piece.text)
+            if length >= size:
+                yield finished + piece.consumed, pieces
+                pieces, length = [], 0
+        finished += corpus.size()
+    if pieces:
+        yield finished, pieces
+
+
+def _in_order(batches: Iterator[tuple[int, list[Piece]]], workers: int) -> Iterator[tuple[int, Encoded]]:
+    """Encode on `workers` threads; results in the order of `batches`, at most two per worker in memory."""
+    pending: deque = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for consumed, pieces in batches:
+                pending.append((consumed, pool.submit(_encode, pieces)))
+                if len(pending) > 2 * workers:
+                    consumed, future = pending.popleft()
+                    yield consumed, future.result()
+            while pending:
+                consumed, future = pending.popleft()
+                yield consumed, future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _encode(pieces: list[Piece]) -> Encoded:
+    encode = gpt2().encode_to_numpy
+    end_mark = np.array([EOT], dtype=DTYPE)
+    parts, ends, length, text_bytes = [], [], 0, 0
+    for text, ends_document, _ in pieces:
+        tokens = encode(text, disallowed_special=()).astype(DTYPE)  # special tokens in text are just text
+        parts.append(tokens)
+        length += len(tokens)
+        text_bytes += len(text.encode())
+        if ends_document:
+            parts.append(end_mark)
+            length += 1
+            ends.append(length)
+    return Encoded(np.concatenate(parts), np.array(ends, dtype=np.int64), text_bytes)

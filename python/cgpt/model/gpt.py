@@ -1,0 +1,178 @@
+"""GPT-2's architecture as parts that an executor walks one by one: embed, h[0], ..., h[L-1], head.
+
+    x = wte[ids] + wpe[0..T)                                    embed   (B, T) -> (B, T, D)
+    x = x + attention(ln_1(x));  x = x + mlp(ln_2(x))           h[l]    (B, T, D) -> (B, T, D)
+    loss = cross_entropy(ln_f(x) wte^T, targets)                head    (B, T, D) -> scalar
+
+Parameters carry Hugging Face GPT-2's names and layout: projections are (in, out). Sources: Radford et al.
+2019 (GPT-2); Dey et al. 2023 (Cerebras-GPT, arXiv 2304.03208). Shape legend: B batch, T time, D d_model, H
+heads, K head dim, F d_ff, V vocab. Parameters may be fp32, bf16 or fp16; every part computes in the type of
+its parameters.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from cgpt.errors import InputError
+from cgpt.model.config import GPTConfig
+from cgpt.model.init import init_parameter
+from cgpt_ext.ops import attention, cross_entropy, embedding, gelu_mlp, layer_norm
+
+
+class Table(nn.Module):
+    """One matrix of embeddings, `weight` (rows, D)."""
+
+    def __init__(self, rows: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, d_model))
+
+
+class Projection(nn.Module):
+    """x W + b with `weight` (in, out), the layout that GPT-2's checkpoints call Conv1D."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_in, d_out))
+        self.bias = nn.Parameter(torch.empty(d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], -1)
+
+
+class LayerNorm(nn.Module):
+    """Fused LayerNorm over the last dimension; with `residual`, returns (norm(x + residual), x +
+    residual)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.d_model))
+        self.bias = nn.Parameter(torch.empty(config.d_model))
+        self.eps = config.layer_norm_eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """(..., D) -> (..., D), or a pair of them."""
+        return layer_norm(x, self.weight, self.bias, self.eps, residual)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention on views of one packed projection."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_attn = Projection(config.d_model, 3 * config.d_model)
+        self.c_proj = Projection(config.d_model, config.d_model)
+        self.n_head = config.n_head
+        self.softmax_scale = config.d_head**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        q, k, v = (
+            self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)
+        )  # strided (B, T, H, K), no copy
+        out = attention(q, k, v, causal=True, softmax_scale=self.softmax_scale)
+        return self.c_proj(out.flatten(2))
+
+
+class MLP(nn.Module):
+    """gelu(x W1 + b1) W2 + b2, fused."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Projection(config.d_model, config.d_ff)
+        self.c_proj = Projection(config.d_ff, config.d_model)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        up, down = self.c_fc, self.c_proj
+        return gelu_mlp(x, up.weight.t(), up.bias, down.weight.t(), down.bias, self.activation)
+
+
+class Block(nn.Module):
+    """One pre-LayerNorm layer; the second norm takes the first residual addition with it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = Attention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        y, x = self.ln_2(self.attn(self.ln_1(x)), residual=x)
+        return x + self.mlp(y)
+
+
+class Head:
+    """The final norm and the tied output projection: reads `ln_f` and `wte`, owns no parameter."""
+
+    def __init__(self, ln_f: LayerNorm, wte: Table) -> None:
+        self.ln_f, self.wte = ln_f, wte
+
+    def __call__(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss in nats, an fp32 scalar: x (B, T, D), targets (B, T) int64, -100 ignored. Logits are
+        never whole."""
+        return cross_entropy(self.ln_f(x), self.wte.weight, targets)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V) in the parameters' dtype; pass the positions wanted, the vocabulary is
+        wide."""
+        return self.ln_f(x) @ self.wte.weight.t()
+
+
+class GPT(nn.Module):
+    """The whole model; `state_dict()` has the names and shapes of Hugging Face's GPT2Model.
+
+    config: its shape. seed: of the initial weights (see cgpt.model.init). Built under `torch.device("meta")`
+    it costs nothing and holds nothing; give it storage with `to_empty` and values with `init_weights` or
+    `load_state_dict`.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = Table(config.vocab_size, config.d_model)
+        self.wpe = Table(config.seq_len, config.d_model)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+        if not self.wte.weight.is_meta:
+            self.init_weights(seed)
+
+    def init_weights(self, seed: int) -> None:
+        """Set every parameter to its initial value, in place, whatever its dtype and device."""
+        for name, parameter in self.named_parameters():
+            init_parameter(name, parameter, self.config, seed)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D). Raises InputError for T > seq_len, another shape or dtype, ids off the
+        table.
+
+        Ids on a GPU are not read back to be checked: that would stall its stream at every step.
+        """
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise InputError(f"GPT: ids must be (batch, time) int64, got {tuple(ids.shape)} {ids.dtype}")
+        if ids.shape[1] > self.config.seq_len:
+            raise InputError(
+                f"GPT: a sequence must be at most {self.config.seq_len} tokens, got {ids.shape[1]}"
+            )
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in torch.aminmax(ids))
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise InputError(f"GPT: token ids must be in [0, {self.config.vocab_size}), got {wrong}")
+        return embedding(ids, self.wte.weight, self.wpe.weight)
+
+    @property
+    def head(self) -> Head:
+        """`head(x, targets)` is the loss, `head.logits(x)` the logits."""
+        return Head(self.ln_f, self.wte)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The parts in order: the loss where targets (B, T) are given, logits (B, T, V) where not."""
+        x = self.embed(ids)
+        for block in self.h:
+            x = block(x)
+        return self.head.logits(x) if targets is None else self.head(x, targets)

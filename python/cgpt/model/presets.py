@@ -1,0 +1,92 @@
+"""Model sizes and how each was trained: one row a size.
+
+The seven published rows are Cerebras-GPT (Dey et al. 2023, arXiv 2304.03208, tables 1 and 6) and its released
+configurations: 20 tokens per parameter on the Pile. `tiny` and `mini` are ours, with the same vocabulary,
+sized and tuned so that two CPU cores see the loss fall: tiny in minutes on a book, mini in hours on a few
+million tokens.
+"""
+
+from dataclasses import dataclass
+
+from cgpt.model.config import GPTConfig
+from cgpt.schedule import tokens_after
+
+GPT2_VOCAB = 50257
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A shape and its training recipe: AdamW, linear warm-up, decay to min_lr_ratio, clipped by the global
+    norm.
+
+    batch_schedule: (from_tokens, sequences) steps, see cgpt.schedule. Sequences are config.seq_len tokens
+    long.
+    steps: optimizer steps of the whole run. lr: the peak. decay: of cgpt.schedule.DECAYS. Weight decay spares
+    biases and LayerNorm.
+    """
+
+    name: str
+    config: GPTConfig
+    batch_schedule: tuple[tuple[int, int], ...]
+    steps: int
+    lr: float
+    warmup_tokens: int
+    decay: str
+    adam_eps: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    min_lr_ratio: float = 0.1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in the whole run."""
+        return tokens_after(self.steps, self.batch_schedule, self.config.seq_len)
+
+
+def _row(
+    name: str,
+    layers: int,
+    d_model: int,
+    heads: int,
+    seq_len: int,
+    batch: tuple[tuple[int, int], ...],
+    steps: int,
+    lr: float,
+    warmup_tokens: int,
+    decay: str,
+    eps: float = 1e-8,
+    residual_std: float | None = None,
+) -> Preset:
+    config = GPTConfig(
+        n_layer=layers,
+        n_head=heads,
+        d_model=d_model,
+        d_head=d_model // heads,
+        d_ff=4 * d_model,
+        vocab_size=GPT2_VOCAB,
+        seq_len=seq_len,
+        residual_init_std=residual_std,
+    )
+    return Preset(name, config, batch, steps, lr, warmup_tokens, decay, eps)
+
+
+_13B_BATCH = ((0, 720), (57_000 * 720 * 2048, 1080))  # 57,000 steps of 720 sequences, then 78,223 of 1,080
+
+# fmt: off
+_ROWS = (
+    #    name  layers width heads seq_len batch          steps peak lr    warm-up   decay     eps   residual std
+    _row("tiny",    2,  128,  2,  128, ((0, 4),),        1000, 4e-3,        25_600, "linear"),
+    _row("mini",    6,  256,  4,  256, ((0, 8),),        4000, 2e-3,       409_600, "linear"),
+    _row("111M",   10,  768, 12, 2048, ((0, 120),),      9037, 6e-4,   374_784_000, "linear"),
+    _row("256M",   14, 1088, 17, 2048, ((0, 264),),      9468, 6e-4,   374_685_696, "linear"),
+    _row("590M",   18, 1536, 12, 2048, ((0, 264),),     21836, 2e-4,   374_685_696, "linear"),
+    _row("1.3B",   24, 2048, 16, 2048, ((0, 528),),     24334, 2e-4,   374_145_024, "cosine", 1e-8, 0.0025),
+    _row("2.7B",   32, 2560, 32, 2048, ((0, 528),),     49041, 2e-4,   374_145_024, "cosine", 1e-8, 0.0025),
+    _row("6.7B",   32, 4096, 32, 2048, ((0, 1040),),    62522, 1.2e-4, 374_865_920, "linear", 1e-9, 0.0025),
+    _row("13B",    40, 5120, 40, 2048, _13B_BATCH,     135223, 1.2e-4, 374_538_240, "cosine", 1e-9, 0.0025),
+)
+# fmt: on
+
+PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
