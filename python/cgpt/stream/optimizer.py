@@ -22,6 +22,7 @@ from cgpt_ext import adamw_
 
 FIRST_LOSS_SCALE = 2.0**16
 GOOD_STEPS = 2000
+MOST_SKIPS = 50  # in a row; from 2^16 the loss scale is then far below any that helps
 
 
 class AdamW:
@@ -46,20 +47,25 @@ class AdamW:
         self.dynamic = store.precision == "fp16"
         self.loss_scale = FIRST_LOSS_SCALE if self.dynamic else 1.0
         self.good_steps = 0
+        self.skipped_in_a_row = 0
 
     def step(self, gradients: Gradients, lr: float) -> bool:
         """Updates every parameter that has a gradient; False where the whole step was skipped.
 
-        Raises InputError once the loss scale has nowhere lower to go: the gradients are not finite at any scale.
+        Raises InputError after MOST_SKIPS skipped in a row: that run learns nothing.
         """
         if not math.isfinite(gradients.norm):
             self.skipped += 1
+            self.skipped_in_a_row += 1
             self.good_steps = 0
             if self.dynamic:
                 self.loss_scale /= 2
-                if self.loss_scale < 2.0**-24:
-                    raise InputError("gradients must be finite at some loss scale, got none down to 2^-24")
+            if self.skipped_in_a_row == MOST_SKIPS:
+                raise InputError(
+                    f"gradients: wanted a finite norm, got {gradients.norm} in {MOST_SKIPS} steps in a row"
+                )
             return False
+        self.skipped_in_a_row = 0
         norm = gradients.norm / self.loss_scale
         clip = self.clip / norm if self.clip and norm > self.clip else 1.0
         scale = torch.tensor(clip / self.loss_scale, dtype=torch.float32, device=self.store.device)

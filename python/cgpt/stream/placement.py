@@ -1,4 +1,4 @@
-"""Where each layer's weights and optimizer state live. Resident, everything on the device, is the one placement so far."""
+"""Where each layer's weights and optimizer state live; so far, all on the device."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from cgpt.errors import InputError
+from cgpt.model.config import GPTConfig
+from cgpt.model.gpt import GPT
 from cgpt.stream.placement import Placement
 from cgpt_ext import join_master, split_master
 
@@ -42,6 +44,24 @@ class Layer:
     name: str
     module: Callable
     parameters: dict[str, nn.Parameter]
+
+
+def layers_of(model: GPT) -> list[Layer]:
+    """embed, h.0, ..., head: the stops of a GPT, with its parameters under Hugging Face GPT-2's names."""
+
+    def reads(*prefixes: str) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
+
+    blocks = [Layer(f"h.{i}", block, reads(f"h.{i}.")) for i, block in enumerate(model.h)]
+    head = Layer("head", model.head, reads("ln_f.") | reads("wte."))
+    return [Layer("embed", model.embed, reads("wte.", "wpe.")), *blocks, head]
+
+
+def build(shape: GPTConfig, precision: str, device: str, *, training: bool = True) -> tuple[GPT, Store]:
+    """A GPT with its parameters in a store, all zero."""
+    with torch.device("meta"):
+        model = GPT(shape)
+    return model, Store(layers_of(model), precision, device, training=training)
 
 
 @dataclass
@@ -142,6 +162,13 @@ class Store:
             group.working[i].copy_(value)
             if group.masters is not None:
                 group.masters[i].copy_(value)
+
+    def initialise(self, initial: Callable[[str, Tensor], None]) -> None:
+        """Sets every parameter to what `initial(name, tensor)` writes into an fp32 tensor of its shape."""
+        for name in self.names():
+            value = torch.empty(self.shape(name))
+            initial(name, value)
+            self.write(name, value)
 
     def moment(self, kind: str, name: str) -> Tensor:
         """The fp32 view of `exp_avg` or `exp_avg_sq` that belongs to a parameter."""
