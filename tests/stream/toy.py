@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from cgpt.stream.store import Layer
+from torch import nn
 
 VOCAB, WIDTH, DEPTH = 37, 24, 3
 
