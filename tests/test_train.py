@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+import torch
 from cgpt import checkpoint, train
 from cgpt.errors import InputError
 from cgpt.metrics import read
@@ -24,11 +25,16 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
     write_corpus(tmp_path)
-    return tmp_path
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a step of nano is too small to share
+    yield tmp_path
+    torch.set_num_threads(threads)
 
 
 def nano(**more):
-    return TrainConfig(**{"model": "nano", "data": "corpus.txt", "eval_tokens": 64, "checkpoint_every": 3, **more})
+    return TrainConfig(
+        **{"model": "nano", "data": "corpus.txt", "eval_tokens": 64, "eval_every": 50, "checkpoint_every": 3, **more}
+    )
 
 
 def weights(run):

@@ -155,9 +155,9 @@ def parse(argv: Sequence[str]):
 
 
 def _one_line(box: str) -> str:
-    """tyro's framed message on one line: what is wrong, and the nearest option where it knows one."""
+    """tyro's framed message, in UTF-8 or ASCII, on one line: what is wrong, and the nearest option if it knows one."""
     lines = [line.strip("│ ").strip() for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if re.match(r"[╭─╰]", line)] or [-1, len(lines)]
+    rules = [i for i, line in enumerate(lines) if re.match(r"[╭─╰]|-{5,}$", line)] or [-1, len(lines)]
     body = lines[rules[0] + 1 : rules[1]]
     if "" in body:  # after a blank line come the attempts at each type of a union
         body = body[: body.index("")]
@@ -187,9 +187,11 @@ def _train(config: TrainConfig) -> int:
 
 
 def _eval(command: Eval) -> None:
+    from cgpt.console import interactive
     from cgpt.evaluate.loss import evaluate_run
 
-    found = evaluate_run(command.run, command.data, command.tokens, command.batch_size, command.device)
+    bar = interactive()
+    found = evaluate_run(command.run, command.data, command.tokens, command.batch_size, command.device, progress=bar)
     if command.json:
         print(json.dumps(found))
         return
@@ -217,15 +219,17 @@ def _generate(command: Generate) -> None:
 
 
 def _prepare(command: Prepare) -> None:
+    from cgpt.console import interactive
     from cgpt.data.prepare import prepare
 
-    _show(prepare(command.sources, command.out, workers=command.workers), False)
+    _show(prepare(command.sources, command.out, workers=command.workers, progress=interactive()), False)
 
 
 def _data_info(command: DataInfo) -> None:
+    from cgpt.console import interactive
     from cgpt.data.prepare import open_corpus
 
-    _show(open_corpus(command.data), command.json)
+    _show(open_corpus(command.data, progress=interactive()), command.json)
 
 
 def _show(dataset, as_json: bool) -> None:

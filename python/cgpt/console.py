@@ -83,6 +83,11 @@ def report(recipe: Recipe, n_params: int, data: str, implementations: dict[str, 
         say(f"{name:8} {text}")
 
 
+def interactive() -> bool:
+    """Whether somebody watches: bars are drawn on a terminal only."""
+    return sys.stderr.isatty()
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -93,7 +98,7 @@ class Live:
     def __init__(self, steps: int, done: int, flops_per_token: int):
         self.steps, self.done, self.flops_per_token = steps, done, flops_per_token
         self.bar = None
-        if sys.stderr.isatty():
+        if interactive():
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
             self.bar = tqdm(total=steps, initial=done, bar_format=form, dynamic_ncols=True, file=sys.stderr)
         self._began = self._said = time.monotonic()

@@ -149,7 +149,7 @@ def open_run(config: TrainConfig) -> Run:
     implementations = implementations_on(recipe.device)
     console.refuse_what_cannot_fit(recipe, console.memory_estimate(recipe, recipe.shape.n_params))
 
-    dataset = open_corpus(recipe.data)
+    dataset = open_corpus(recipe.data, progress=console.interactive())
     train_split, val_split = train_val_split(dataset, recipe.seq_len)
     found = identity_of(dataset)
     if identity not in (None, found):

@@ -47,7 +47,9 @@ def to_device(arrays, device: torch.device) -> Batch:
     return torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device)
 
 
-def evaluate_run(run: Path, data: str | None, tokens: int | None, batch_size: int, device: str) -> dict:
+def evaluate_run(
+    run: Path, data: str | None, tokens: int | None, batch_size: int, device: str, *, progress: bool = False
+) -> dict:
     """A trained run's loss: on the held-out split of its own data, on the whole of any other.
 
     Raises InputError for a run without a whole checkpoint, for bad data, and for counts below 1.
@@ -56,7 +58,7 @@ def evaluate_run(run: Path, data: str | None, tokens: int | None, batch_size: in
         if value is not None and value < 1:
             raise InputError(f"{flag}: wanted at least 1, got {value}")
     recipe, identity, _, store = open_trained(run, device)
-    dataset = open_corpus(data or recipe.data)
+    dataset = open_corpus(data or recipe.data, progress=progress)
     if identity_of(dataset) == identity:
         split, told = train_val_split(dataset, recipe.seq_len)[1], "held-out split"
     elif data is None:
