@@ -21,10 +21,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
-# gcc 12 takes its own AVX-512 headers for uninitialised reads (GCC bug 105593): that warning is off.
+# gcc 12 takes its own AVX-512 headers for uninitialised reads (GCC bug 105593): those warnings are off.
 # Contraction is off so that a*b+c means two roundings unless the kernel says fma: CPU and CUDA must agree bit for bit.
 CXXFLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-maybe-uninitialized"
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
+    " -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
 ).split()
 ISAS = {"scalar": []}
 if platform.machine() == "x86_64":
@@ -112,12 +113,13 @@ class NinjaBuildExt(build_ext):
         file.rule("cxx", f"{cxx} {' '.join(CXXFLAGS)} {defines} {includes} $flags -MMD -MF $out.d -c $in -o $out")
         for source in sorted(csrc.glob("*.cpp")):
             file.compile("cxx", source, source.stem)
-        shared = {"isa.cpp", "threads.cpp"}
-        for source in sorted((csrc / "cpu").glob("*.cpp")):
-            if source.name in shared:
-                file.compile("cxx", source, f"cpu_{source.stem}")
-                continue
-            for isa, flags in ISAS.items():
+        shared = [csrc / "cpu" / "isa.cpp", csrc / "cpu" / "threads.cpp"]
+        for source in shared:
+            file.compile("cxx", source, f"cpu_{source.stem}")
+        # Lowest instruction set first: of an inline function that several objects carry (std::vector's, say) the linker
+        # keeps the first copy, and that one must run on every machine.
+        for isa, flags in ISAS.items():
+            for source in sorted(set((csrc / "cpu").glob("*.cpp")) - set(shared)):
                 file.compile("cxx", source, f"cpu_{source.stem}_{isa}", " ".join([f"-DCGPT_ISA={isa}", *flags]))
         libraries = "-ldl -lpthread"
         if home:
@@ -140,4 +142,10 @@ class NinjaBuildExt(build_ext):
             sys.exit("the native module did not compile; the compiler's own words are above")
 
 
-setup(ext_modules=[Extension("cgpt_ext._native", sources=[])], cmdclass={"build_ext": NinjaBuildExt})
+def sources(*patterns):
+    """csrc's files, relative to here: what the sdist must carry (the edges above find theirs by themselves)."""
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").rglob(pattern))
+
+
+native = Extension("cgpt_ext._native", sources=sources("*.cpp", "*.cu"), depends=sources("*.h", "*.cuh"))
+setup(ext_modules=[native], cmdclass={"build_ext": NinjaBuildExt})

@@ -1,12 +1,28 @@
 """Fused GPT kernels as drop-in torch functions, modules and optimizers.
 
-    from cgpt_ext import attention, gelu_mlp, layer_norm, cross_entropy, embedding, grad_norm   # functions
-    from cgpt_ext.nn import LayerNorm                                                          # modules
-    from cgpt_ext.optim import AdamW                                                           # optimizer
+    from cgpt_ext import attention, cross_entropy, embedding, gelu_mlp, layer_norm     # functions
+    from cgpt_ext.nn import CausalSelfAttention, Embedding, GeluMLP, LayerNorm         # modules
+    from cgpt_ext.optim import AdamW                                                   # optimizer
 
 `python -m cgpt_ext` says which implementation serves each op on this machine, and why.
 """
 
+from cgpt_ext.ops.attention import attention, attention_qkv, attention_ref
+from cgpt_ext.ops.cross_entropy import cross_entropy, cross_entropy_ref
+from cgpt_ext.ops.embedding import embedding, embedding_ref
+from cgpt_ext.ops.gelu_mlp import gelu_mlp, gelu_mlp_ref
 from cgpt_ext.ops.layer_norm import layer_norm, layer_norm_ref
 
-__all__ = ["layer_norm", "layer_norm_ref"]
+__all__ = [
+    "attention",
+    "attention_qkv",
+    "attention_ref",
+    "cross_entropy",
+    "cross_entropy_ref",
+    "embedding",
+    "embedding_ref",
+    "gelu_mlp",
+    "gelu_mlp_ref",
+    "layer_norm",
+    "layer_norm_ref",
+]

@@ -13,6 +13,15 @@ from cgpt_ext import _native
 
 # op -> device type -> (implementation, why)
 TABLE: dict[str, dict[str, tuple[str, str]]] = {
+    "attention": {"cpu": ("native", "fp32 blocks in cache: forward and backward faster than torch's at bf16 and fp32")},
+    "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
+    "gelu_mlp": {"cpu": ("native", "torch's matrix products; bias, GELU and both bias gradients one pass a direction")},
+    "cross_entropy": {
+        "cpu": (
+            "native",
+            "one pass a row between torch's GEMMs, by chunks of tokens; torch holds all logits several times",
+        )
+    },
     "layer_norm": {"cpu": ("native", "one pass over memory a direction; torch reads bf16 through fp32 copies")},
 }
 

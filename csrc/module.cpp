@@ -3,8 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
+#include "cross_entropy.h"
+#include "embedding.h"
+#include "gelu_mlp.h"
 #include "layer_norm.h"
 #include "tensor.h"
 
@@ -28,6 +32,17 @@ PYBIND11_MODULE(_native, m) {
     m.def("use_python_attributes", &use_python_attributes);
 
     const auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def("attention_fwd", &attention_fwd, nogil);
+    m.def("attention_bwd", &attention_bwd, nogil);
+    m.def("embedding_fwd", &embedding_fwd, nogil);
+    m.def("embedding_bwd", &embedding_bwd, nogil);
+    m.def("gelu_mlp_check", &gelu_mlp_check, nogil);
+    m.def("gelu_mlp_fwd", &gelu_mlp_fwd, nogil);
+    m.def("gelu_mlp_bwd", &gelu_mlp_bwd, nogil);
+    m.def("gelu_mlp_bias_grad", &gelu_mlp_bias_grad, nogil);
+    m.def("cross_entropy_check", &cross_entropy_check, nogil);
+    m.def("cross_entropy_rows", &cross_entropy_rows, nogil);
+    m.def("cross_entropy_add", &cross_entropy_add, nogil);
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
 }

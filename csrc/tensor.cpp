@@ -95,6 +95,8 @@ void set_ndim(View& out, int64_t ndim) {
 }
 
 void from_attributes(py::handle t, View& out) {
+    const std::string layout = py::str(t.attr("layout"));
+    if (layout != "torch.strided") throw TypeError("a tensor must be dense, got layout " + layout);
     py::object device = t.attr("device");
     const std::string type = py::str(device.attr("type"));
     out.device = type == "cpu" ? Device::cpu : type == "cuda" ? Device::cuda : Device::other;

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def direct(x: torch.Tensor) -> bool:
@@ -32,3 +33,19 @@ def check_tensors(op: str, **arguments: torch.Tensor | None) -> None:
     for name, value in arguments.items():
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def require_tensors(op: str, **arguments: torch.Tensor) -> None:
+    """Raises TypeError naming the first argument that is not a tensor, None included."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors as torch.autocast hands them to a matrix product of torch's own: in its dtype where it is on."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.dtype in _AUTOCAST else t for t in tensors]

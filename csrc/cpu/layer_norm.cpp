@@ -7,9 +7,10 @@
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh
 //   dweight = sum over rows of dout * xhat,  dbias = sum over rows of dout
 //
-// One row stays in the first-level cache between its passes. dweight and dbias are summed per block of rows,
-// then over the blocks in order: the blocks depend on the shape alone, so the bits do not depend on the
-// thread count.
+// Four rows go together: their sums are independent chains of additions, and weight, dweight and dbias pass through
+// registers once for the four. The rows stay in the first-level cache from pass to pass. dweight and dbias are summed
+// per block of rows, then over the blocks in order: the blocks depend on the shape alone, so the bits do not depend on
+// the thread count, nor, as each row's own arithmetic is the same in a tile of four or of one, on the tiling.
 #include "../layer_norm.h"
 
 #include <algorithm>
@@ -21,84 +22,112 @@
 namespace cgpt::CGPT_ISA {
 namespace {
 
-template <class T, class P>
-void forward_rows(const LayerNormFwdArgs& a, int64_t begin, int64_t end) {
+constexpr int kTile = 4;
+
+template <class T>
+const T* row_of(const void* base, int64_t row, int64_t D) {
+    return static_cast<const T*>(base) + row * D;
+}
+template <class T>
+T* row_of(void* base, int64_t row, int64_t D) {
+    return static_cast<T*>(base) + row * D;
+}
+
+template <class T, class P, int R>
+void forward_tile(const LayerNormFwdArgs& a, int64_t row) {
     const int64_t D = a.cols;
-    std::vector<float> row(D);
-    for (int64_t r = begin; r < end; ++r) {
-        const T* x = static_cast<const T*>(a.x) + r * D;
-        const T* residual = a.residual ? static_cast<const T*>(a.residual) + r * D : nullptr;
-        T* h = a.h ? static_cast<T*>(a.h) + r * D : nullptr;
-        vf sum{};
-        for_lanes(D, [&](int64_t i, auto n) {
-            vf v = get(x + i, n);
-            if (residual) {
-                v += get(residual + i, n);
-                put(h + i, v, n);
-                v = get(h + i, n);  // normalise what was stored: the backward pass sees only that
+    const T* h[R];
+    float mean[R], rstd[R];
+    vf sum[R] = {};
+    for (int r = 0; r < R; ++r) h[r] = row_of<T>(a.residual ? a.h : a.x, row + r, D);
+    for_lanes(D, [&](int64_t i, auto n) {
+        for (int r = 0; r < R; ++r) {
+            if (a.residual) {  // what is stored is what gets normalised: the backward pass sees only that
+                vf v = get(row_of<T>(a.x, row + r, D) + i, n) + get(row_of<T>(a.residual, row + r, D) + i, n);
+                put(row_of<T>(a.h, row + r, D) + i, v, n);
             }
-            put(row.data() + i, v, n);
-            sum += v;
-        });
-        const float first = hsum(sum) / D;
-        vf squares{}, rest{};
-        for_lanes(D, [&](int64_t i, auto n) {
-            vf centred = keep_n(get(row.data() + i, n) - first, n);
-            squares = madd(centred, centred, squares);
-            rest += centred;
-        });
+            sum[r] += get(h[r] + i, n);
+        }
+    });
+    for (int r = 0; r < R; ++r) mean[r] = hsum(sum[r]) / D;
+    vf squares[R] = {}, rest[R] = {};
+    for_lanes(D, [&](int64_t i, auto n) {
+        for (int r = 0; r < R; ++r) {
+            vf centred = keep_n(get(h[r] + i, n) - mean[r], n);
+            squares[r] = madd(centred, centred, squares[r]);
+            rest[r] += centred;
+        }
+    });
+    for (int r = 0; r < R; ++r) {
         // What rounding left in the mean of a large offset is the mean of the centred row.
-        const float delta = hsum(rest) / D, mean = first + delta;
-        const float rstd = 1.0f / std::sqrt(std::fmax(hsum(squares) / D - delta * delta, 0.0f) + a.eps);
-        const P* weight = static_cast<const P*>(a.weight);
-        const P* bias = static_cast<const P*>(a.bias);
-        T* y = static_cast<T*>(a.y) + r * D;
-        for_lanes(D, [&](int64_t i, auto n) {
-            vf out = (get(row.data() + i, n) - mean) * rstd * get(weight + i, n);
-            if (bias) out += get(bias + i, n);
-            put(y + i, out, n);
-        });
+        const float delta = hsum(rest[r]) / D;
+        mean[r] += delta;
+        rstd[r] = 1.0f / std::sqrt(std::fmax(hsum(squares[r]) / D - delta * delta, 0.0f) + a.eps);
         if (a.mean) {
-            a.mean[r] = mean;
-            a.rstd[r] = rstd;
+            a.mean[row + r] = mean[r];
+            a.rstd[row + r] = rstd[r];
         }
     }
+    const P* weight = static_cast<const P*>(a.weight);
+    const P* bias = static_cast<const P*>(a.bias);
+    for_lanes(D, [&](int64_t i, auto n) {
+        const vf w = get(weight + i, n), b = bias ? get(bias + i, n) : vf{};
+        for (int r = 0; r < R; ++r)
+            put(row_of<T>(a.y, row + r, D) + i, madd((get(h[r] + i, n) - mean[r]) * rstd[r], w, b), n);
+    });
+}
+
+template <class T, class P>
+void forward_rows(const LayerNormFwdArgs& a, int64_t begin, int64_t end) {
+    for (; begin + kTile <= end; begin += kTile) forward_tile<T, P, kTile>(a, begin);
+    for (; begin < end; ++begin) forward_tile<T, P, 1>(a, begin);
+}
+
+template <class T, class P, int R>
+void backward_tile(const LayerNormBwdArgs& a, int64_t row, float* dweight, float* dbias) {
+    const int64_t D = a.cols;
+    const P* weight = static_cast<const P*>(a.weight);
+    const T *dout[R], *h[R];
+    float mean_g[R], mean_gx[R];
+    vf sum_g[R] = {}, sum_gx[R] = {};
+    for (int r = 0; r < R; ++r) {
+        dout[r] = row_of<T>(a.dout, row + r, D);
+        h[r] = row_of<T>(a.h, row + r, D);
+    }
+    const auto xhat = [&](int r, int64_t i, auto n) { return (get(h[r] + i, n) - a.mean[row + r]) * a.rstd[row + r]; };
+    for_lanes(D, [&](int64_t i, auto n) {
+        const vf w = get(weight + i, n);
+        vf dw = get(dweight + i, n), db = get(dbias + i, n);
+        for (int r = 0; r < R; ++r) {  // beyond the row's end d is 0, and every term with it
+            const vf d = get(dout[r] + i, n), normal = xhat(r, i, n), g = d * w;
+            dw = madd(d, normal, dw);
+            db += d;
+            sum_g[r] += g;
+            sum_gx[r] = madd(g, normal, sum_gx[r]);
+        }
+        put(dweight + i, dw, n);
+        put(dbias + i, db, n);
+    });
+    for (int r = 0; r < R; ++r) {
+        mean_g[r] = hsum(sum_g[r]) / D;
+        mean_gx[r] = hsum(sum_gx[r]) / D;
+    }
+    for_lanes(D, [&](int64_t i, auto n) {
+        const vf w = get(weight + i, n);
+        for (int r = 0; r < R; ++r) {
+            vf dx = (get(dout[r] + i, n) * w - mean_g[r] - xhat(r, i, n) * mean_gx[r]) * a.rstd[row + r];
+            if (a.dh) dx += get(row_of<T>(a.dh, row + r, D) + i, n);
+            put(row_of<T>(a.dx, row + r, D) + i, dx, n);
+        }
+    });
 }
 
 // Gradients of rows [begin, end); their sums for dweight and dbias go to `partial` (2, D).
 template <class T, class P>
 void backward_rows(const LayerNormBwdArgs& a, int64_t begin, int64_t end, float* partial) {
-    const int64_t D = a.cols;
-    const P* weight = static_cast<const P*>(a.weight);
-    float *dweight = partial, *dbias = partial + D;
-    std::fill(partial, partial + 2 * D, 0.0f);
-    std::vector<float> rows(2 * D);
-    float *xhat = rows.data(), *g = xhat + D;
-    for (int64_t r = begin; r < end; ++r) {
-        const T* dout = static_cast<const T*>(a.dout) + r * D;
-        const T* h = static_cast<const T*>(a.h) + r * D;
-        const float mean = a.mean[r], rstd = a.rstd[r];
-        vf sum_g{}, sum_gx{};
-        for_lanes(D, [&](int64_t i, auto n) {
-            vf d = get(dout + i, n);
-            vf normal = (get(h + i, n) - mean) * rstd;
-            put(dweight + i, madd(d, normal, get(dweight + i, n)), n);
-            put(dbias + i, get(dbias + i, n) + d, n);
-            vf scaled = d * get(weight + i, n);
-            put(xhat + i, normal, n);
-            put(g + i, scaled, n);
-            sum_g += scaled;  // beyond the row's end d is 0, so are both terms
-            sum_gx = madd(scaled, normal, sum_gx);
-        });
-        const float mean_g = hsum(sum_g) / D, mean_gx = hsum(sum_gx) / D;
-        const T* dh = a.dh ? static_cast<const T*>(a.dh) + r * D : nullptr;
-        T* dx = static_cast<T*>(a.dx) + r * D;
-        for_lanes(D, [&](int64_t i, auto n) {
-            vf d = (get(g + i, n) - mean_g - get(xhat + i, n) * mean_gx) * rstd;
-            if (dh) d += get(dh + i, n);
-            put(dx + i, d, n);
-        });
-    }
+    std::fill(partial, partial + 2 * a.cols, 0.0f);
+    for (; begin + kTile <= end; begin += kTile) backward_tile<T, P, kTile>(a, begin, partial, partial + a.cols);
+    for (; begin < end; ++begin) backward_tile<T, P, 1>(a, begin, partial, partial + a.cols);
 }
 
 template <class T, class P>

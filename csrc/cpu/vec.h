@@ -228,20 +228,28 @@ CGPT_INLINE vf sqrt(vf x) {
 CGPT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 CGPT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
-// Horizontal sums and maxima in a fixed tree: halves, then quarters.
+// Horizontal sums and maxima in a fixed tree: upper half onto lower half until one lane is left.
+typedef float vf4 __attribute__((vector_size(16)));
+typedef float vf8 __attribute__((vector_size(32)));
+
+template <class Combine>
+CGPT_INLINE float fold(vf x, Combine combine) {
+#if defined(__AVX512F__)
+    __m256 y = (__m256)combine((vf8)_mm512_castps512_ps256((__m512)x), (vf8)_mm512_extractf32x8_ps((__m512)x, 1));
+    vf4 z = combine((vf4)_mm256_castps256_ps128(y), (vf4)_mm256_extractf128_ps(y, 1));
+#elif defined(__AVX2__)
+    vf4 z = combine((vf4)_mm256_castps256_ps128((__m256)x), (vf4)_mm256_extractf128_ps((__m256)x, 1));
+#else
+    vf4 z = x;
+#endif
+    vf4 pair = combine(z, (vf4){z[2], z[3], z[2], z[3]});
+    return combine(pair, (vf4){pair[1], pair[1], pair[1], pair[1]})[0];
+}
 CGPT_INLINE float hsum(vf x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int n = W / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-    return lanes[0];
+    return fold(x, [](auto a, auto b) { return a + b; });
 }
 CGPT_INLINE float hmax(vf x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int n = W / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
-    return lanes[0];
+    return fold(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x to about 1 ulp: x = n ln2 + r, |r| <= ln2/2, a degree-6 minimax polynomial in r, and 2^n by the

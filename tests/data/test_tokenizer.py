@@ -1,6 +1,7 @@
 """The shipped encoding against an independent one: the published regular expression and naive merging."""
 
 import functools
+import itertools
 import lzma
 import random
 import socket
@@ -43,7 +44,7 @@ def naive_tokens(text: str) -> list[bytes]:
     for piece in SPLIT.findall(text):
         word = [letters[byte] for byte in piece.encode()]
         while True:
-            pairs = zip(word, word[1:], strict=False)
+            pairs = itertools.pairwise(word)
             ranked = [(order[pair], i) for i, pair in enumerate(pairs) if pair in order]
             if not ranked:
                 break

@@ -72,12 +72,13 @@ def train_val_split(
     """(train, val): disjoint, together the whole dataset, each with at least seq_len + 1 tokens.
 
     Where the source brings its own validation files, those are the split. Otherwise a document is validation
-    if a hash of its index and `seed` falls below `fraction`; if that leaves a side with less than one
-    sequence, documents are taken in order of their hash until both have one. A corpus that cannot be shared
-    out so (a single document, above all) gives its last `fraction`, or one sequence if that is more.
+    if a hash of its index and `seed` falls below `fraction`. If that gives validation less than one sequence,
+    or so much (chance and one huge document) that it is nearer to all than to `fraction`, documents are taken
+    in order of their hash until there is one sequence. A corpus that cannot be shared out so (a single
+    document, above all) gives its last `fraction`, or one sequence if that is more.
 
-    Raises InputError where the tokens are too few for a sequence on each side, or `fraction` is not in (0,
-    1).
+    Raises InputError where the tokens are too few for a sequence on each side, or `fraction` is not between
+    0 and 1.
     """
     if not 0 < fraction < 1:
         raise InputError(f"validation fraction: wanted a number between 0 and 1, got {fraction}")
@@ -86,14 +87,10 @@ def train_val_split(
         cut, rule = dataset.validation_start, "files"
         for name, got in (("train", cut), ("val", total - cut)):
             if got < need:
-                raise InputError(
-                    f"{dataset.name}: wanted at least {need} {name} tokens (seq_len + 1), got {got}"
-                )
+                raise InputError(f"{dataset.name}: wanted at least {need} {name} tokens (seq_len + 1), got {got}")
     else:
         if total < 2 * need:
-            wanted = (
-                f"wanted at least {2 * need} tokens (seq_len + 1 = {need} to train on, as many to validate)"
-            )
+            wanted = f"wanted at least {2 * need} tokens (seq_len + 1 = {need} to train on, as many to validate)"
             raise InputError(f"{dataset.name}: {wanted}, got {total}")
         held_out = _held_out_documents(dataset, need, fraction, seed)
         if held_out is not None:
@@ -101,13 +98,12 @@ def train_val_split(
                 Split(dataset, "train", "documents", *_spans(dataset.document_ends, ~held_out)),
                 Split(dataset, "val", "documents", *_spans(dataset.document_ends, held_out)),
             )
-        cut, rule = total - max(round(total * fraction), need), "tail"
-        cut = max(cut, need)
+        cut, rule = max(total - max(round(total * fraction), need), need), "tail"
     return Split(dataset, "train", rule, [0], [cut]), Split(dataset, "val", rule, [cut], [total])
 
 
 def _held_out_documents(dataset: TokenDataset, need: int, fraction: float, seed: int) -> np.ndarray | None:
-    """(n_documents,) bool, or None where no choice by hash gives both sides `need` tokens."""
+    """(n_documents,) bool, or None where no choice by hash gives both sides enough tokens."""
     n = dataset.n_documents
     key = _mix(np.array([seed % 2**64], dtype=np.uint64))
     limit = np.uint64(int(fraction * 2**64))
@@ -117,16 +113,16 @@ def _held_out_documents(dataset: TokenDataset, need: int, fraction: float, seed:
             for start in range(0, n, CHUNK_TOKENS)
         ]
     )
-    lengths = np.diff(dataset.document_ends, prepend=0)
-    total = dataset.n_tokens
-    if need <= int(lengths[mask].sum()) <= total - need:
+    starts, stops = _spans(dataset.document_ends, mask)
+    most = min(dataset.n_tokens - need, int(dataset.n_tokens * (1 + fraction) / 2))
+    if need <= int((stops - starts).sum()) <= most:
         return mask
     mask[:] = False
-    held = 0
+    held, lengths = 0, np.diff(dataset.document_ends, prepend=0)
     for document in np.argsort(_mix(np.arange(n, dtype=np.uint64) ^ key), kind="stable"):
         if held >= need:
             return mask
-        if held + lengths[document] <= total - need:
+        if held + lengths[document] <= most:
             mask[document] = True
             held += int(lengths[document])
     return mask if held >= need else None
@@ -214,9 +210,7 @@ def unigram_loss(train: Loader, val: Loader, n_windows: int | None = None) -> fl
     stride = CHUNK_TOKENS * max(1, math.ceil(split.n_tokens / UNIGRAM_TOKENS))
     counts = np.ones(vocab_size, dtype=np.int64)
     for start in range(0, split.n_tokens, stride):
-        counts += np.bincount(
-            split.tokens(start, min(start + CHUNK_TOKENS, split.n_tokens)), minlength=vocab_size
-        )
+        counts += np.bincount(split.tokens(start, min(start + CHUNK_TOKENS, split.n_tokens)), minlength=vocab_size)
     wanted = np.zeros(vocab_size, dtype=np.int64)
     for chunk in val.targets(n_windows):
         wanted += np.bincount(chunk, minlength=vocab_size)

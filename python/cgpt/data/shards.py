@@ -132,6 +132,8 @@ def open_dataset(
         raise InputError(f"{path}: wanted a whole dataset, got an unfinished one: prepare it again")
     if path.is_dir():
         return _open_token_files(path, sorted(path.glob("*.bin")), vocab_size, eot)
+    if not is_token_source(path):
+        raise InputError(f"{path}: wanted a .bin token file or a folder, got the suffix {path.suffix!r}")
     return _open_token_files(path, [path], vocab_size, eot)
 
 
@@ -181,11 +183,12 @@ def naming(path: Path) -> Iterator[None]:
 
 def sync_folder(path: Path) -> None:
     """Make renames in `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _canonical(manifest: dict) -> bytes:

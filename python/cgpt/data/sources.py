@@ -261,9 +261,7 @@ def _text_field(where: str, row: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: wanted Unicode text, got half a surrogate pair: {text[error.start]!r}"
-        ) from error
+        raise InputError(f"{where}: wanted Unicode text, got half a surrogate pair: {text[error.start]!r}") from error
     return text
 
 

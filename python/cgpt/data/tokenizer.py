@@ -33,9 +33,7 @@ def _merge_lines() -> list[str]:
     plain = lzma.decompress(packed)
     got = hashlib.sha256(plain).hexdigest()
     if got != MERGES_SHA256:
-        raise RuntimeError(
-            f"assets/vocab.bpe.xz: wanted sha256 {MERGES_SHA256}, got {got}; reinstall cgpt-ext"
-        )
+        raise RuntimeError(f"assets/vocab.bpe.xz: wanted sha256 {MERGES_SHA256}, got {got}; reinstall cgpt-ext")
     return plain.decode("utf-8").split("\n")[1:-1]  # the first line is a version comment
 
 

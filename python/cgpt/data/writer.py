@@ -66,21 +66,19 @@ class ShardWriter:
             manifest = read_manifest(out / MANIFEST)
             if manifest["source_fingerprint"] != fingerprint:
                 held = f"{'+'.join(manifest['corpora'])}, {manifest['tokens']} tokens"
-                raise InputError(
-                    f"{out}: wanted a new or empty folder, got the dataset of other sources ({held})"
-                )
+                raise InputError(f"{out}: wanted a new or empty folder, got the dataset of other sources ({held})")
             (out / UNFINISHED).unlink(missing_ok=True)
         elif (out / UNFINISHED).exists():
             self._go_on()
         else:
-            others = sorted(
-                path.name for path in out.iterdir() if path.name not in (LOCK, UNFINISHED + ".tmp")
-            )
+            others = sorted(path.name for path in out.iterdir() if path.name not in (LOCK, UNFINISHED + ".tmp"))
             if others:
-                raise InputError(
-                    f"{out}: wanted a new or empty folder, got {len(others)} entries, {others[0]!r} first"
-                )
-            self._record()
+                raise InputError(f"{out}: wanted a new or empty folder, got {len(others)} entries, {others[0]!r} first")
+            try:
+                self._record()
+            except BaseException:
+                self.remove()
+                raise
 
     def _go_on(self) -> None:
         state = read_manifest(self._out / UNFINISHED)
@@ -93,9 +91,7 @@ class ShardWriter:
             expect(path, "size in bytes", file["bytes"], path.stat().st_size if path.is_file() else "no file")
         self.batches, self.tokens = state["batches"], state["tokens"]
         self.documents, self.text_bytes = state["documents"], state["text_bytes"]
-        for path in [*self._out.glob("shard-*.bin"), *self._out.glob("*.tmp")]:
-            if path.name not in self._files:
-                path.unlink()
+        self._drop_shard()
 
     def add(self, batch: Encoded) -> None:
         """Append one batch; closes the shard where it has reached `shard_tokens`."""
@@ -141,10 +137,14 @@ class ShardWriter:
         (self._out / UNFINISHED).unlink()
 
     def abandon(self) -> None:
-        """Throw the shard in hand away. Whole shards stay for the next run; without any, nothing stays."""
-        if not self._files:
-            return self.remove()
-        self._drop_shard()
+        """Throw away the shard in hand. Whole shards stay for the next run; without any, nothing stays."""
+        # What counts is what reached the disk: the fault may lie on either side of the last record's rename.
+        record = self._out / UNFINISHED
+        self._files = read_manifest(record)["files"] if record.exists() else {}
+        if self._files:
+            self._drop_shard()
+        else:
+            self.remove()
 
     def remove(self) -> None:
         """Throw away all that this writer and those before it left in `out`."""
@@ -197,8 +197,9 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # a full disk fails once more while the buffer empties
                 self._shard.close()
             self._shard = None
-        for path in self._out.glob("*.tmp"):
-            path.unlink()
+        for path in [*self._out.glob("shard-*.bin"), *self._out.glob("*.tmp")]:
+            if path.name not in self._files:
+                path.unlink()
 
     def _close_index(self) -> None:
         if self._index is not None:
@@ -230,9 +231,7 @@ def folder_for_one(out: Path, *, wait: bool) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
-                raise InputError(
-                    f"{out}: wanted a folder of our own, got one that is being prepared now"
-                ) from error
+                raise InputError(f"{out}: wanted a folder of our own, got one that is being prepared now") from error
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue  # this lock is on a file that the last holder has unlinked
             try:

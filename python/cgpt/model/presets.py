@@ -58,6 +58,7 @@ def _row(
     decay: str,
     eps: float = 1e-8,
     residual_std: float | None = None,
+    init_std: float = 0.02,
 ) -> Preset:
     config = GPTConfig(
         n_layer=layers,
@@ -67,18 +68,20 @@ def _row(
         d_ff=4 * d_model,
         vocab_size=GPT2_VOCAB,
         seq_len=seq_len,
+        embedding_init_std=init_std,
+        hidden_init_std=init_std,
         residual_init_std=residual_std,
     )
     return Preset(name, config, batch, steps, lr, warmup_tokens, decay, eps)
 
 
-_13B_BATCH = ((0, 720), (57_000 * 720 * 2048, 1080))  # 57,000 steps of 720 sequences, then 78,223 of 1,080
+_13B_BATCH = ((0, 720), (57_000 * 720 * 2048, 1080))  # 57,000 steps of 720, then 78,223 of 1,080
 
 # fmt: off
 _ROWS = (
-    #    name  layers width heads seq_len batch          steps peak lr    warm-up   decay     eps   residual std
-    _row("tiny",    2,  128,  2,  128, ((0, 4),),        1000, 4e-3,        25_600, "linear"),
-    _row("mini",    6,  256,  4,  256, ((0, 8),),        4000, 2e-3,       409_600, "linear"),
+    #    name  layers width heads seq_len batch          steps peak lr    warm-up   decay     eps  resid. std
+    _row("tiny",    2,   96,  2,  128, ((0, 4),),        1600, 3e-3,        40_960, "linear", init_std=0.08),
+    _row("mini",    6,  256,  4,  256, ((0, 8),),        4000, 1e-3,       409_600, "linear", init_std=0.04),
     _row("111M",   10,  768, 12, 2048, ((0, 120),),      9037, 6e-4,   374_784_000, "linear"),
     _row("256M",   14, 1088, 17, 2048, ((0, 264),),      9468, 6e-4,   374_685_696, "linear"),
     _row("590M",   18, 1536, 12, 2048, ((0, 264),),     21836, 2e-4,   374_685_696, "linear"),

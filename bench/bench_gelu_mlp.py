@@ -1,0 +1,82 @@
+"""gelu_mlp against nn.Linear, F.gelu, nn.Linear: the whole, and what stands between the matrix products alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cgpt_ext import _native, gelu_mlp
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+ACTIVATIONS = pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+SHAPE = (2048, 768, 3072)
+
+
+def approximate(activation):
+    return "tanh" if activation == "gelu_tanh" else "none"
+
+
+@pytest.mark.benchmark(group="gelu_mlp forward+backward")
+@DTYPES
+@ACTIVATIONS
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_gelu_mlp(versus, layout, activation, dtype):
+    tokens, d, hidden = SHAPE
+    x, b1, b2, dout = (torch.randn(s).to(dtype) for s in ((tokens, d), hidden, d, (tokens, d)))
+    w1, w2 = (0.02 * torch.randn(hidden, d)).to(dtype), (0.02 * torch.randn(d, hidden)).to(dtype)
+    if layout == "in_out":  # the (in, out) parameters of a Conv1D, seen as (out, in)
+        w1, w2 = w1.t().contiguous().t(), w2.t().contiguous().t()
+    leaves = [t.requires_grad_() for t in (x, w1, b1, w2, b2)]
+
+    def torchs():
+        return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate(activation)), w2, b2)
+
+    versus(
+        lambda: torch.autograd.grad(gelu_mlp(x, w1, b1, w2, b2, activation), leaves, dout),
+        {"torch": lambda: torch.autograd.grad(torchs(), leaves, dout)},
+        flops=12 * tokens * d * hidden,
+        seconds=6.0,
+    )
+
+
+@pytest.mark.benchmark(group="gelu_mlp, between the products, forward")
+@DTYPES
+@ACTIVATIONS
+def test_bias_and_gelu(versus, activation, dtype):
+    pre, bias = torch.randn(SHAPE[0], SHAPE[2]).to(dtype), torch.randn(SHAPE[2]).to(dtype)
+    act = torch.empty_like(pre)
+    versus(
+        lambda: _native.gelu_mlp_fwd(pre, bias, act, activation == "gelu_tanh"),
+        {"torch, without the bias": lambda: torch.ops.aten.gelu.out(pre, approximate=approximate(activation), out=act)},
+        bytes=2 * pre.numel() * pre.element_size(),
+    )
+
+
+@pytest.mark.benchmark(group="gelu_mlp, between the products, backward")
+@DTYPES
+@ACTIVATIONS
+def test_gelu_backward(versus, activation, dtype):
+    pre, dact = (torch.randn(SHAPE[0], SHAPE[2]).to(dtype) for _ in range(2))
+    bias, act, dpre = torch.randn(SHAPE[2]).to(dtype), torch.empty_like(pre), torch.empty_like(pre)
+    dbias, mode = torch.empty_like(bias), approximate(activation)
+
+    def torchs():
+        torch.ops.aten.gelu_backward.grad_input(dact, pre, approximate=mode, grad_input=dpre)
+        return dpre.sum(0)
+
+    versus(
+        lambda: _native.gelu_mlp_bwd(pre, bias, dact, act, dpre, dbias, activation == "gelu_tanh"),
+        {"torch, which keeps act": torchs},
+        bytes=4 * pre.numel() * pre.element_size(),
+    )
+
+
+@pytest.mark.benchmark(group="gelu_mlp, bias gradient")
+@DTYPES
+@pytest.mark.parametrize("cols", [768, 2304])
+def test_bias_grad(versus, cols, dtype):
+    dout, dbias = torch.randn(SHAPE[0], cols).to(dtype), torch.empty(cols, dtype=dtype)
+    versus(
+        lambda: _native.gelu_mlp_bias_grad(dout, dbias),
+        {"torch": lambda: dout.sum(0)},
+        bytes=dout.numel() * dout.element_size(),
+    )

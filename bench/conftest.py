@@ -1,0 +1,79 @@
+"""How every op is measured: against its peers, interleaved round by round in one process, medians compared.
+
+pytest bench -o addopts= --benchmark-only                     prints the tables
+pytest bench -o addopts= --benchmark-only --save-results      also writes bench/results/<device>/ops.json
+"""
+
+import statistics
+import time
+
+import pytest
+from record import device_name, save
+
+ROWS = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--save-results", action="store_true", help="write bench/results/<device>/ops.json")
+
+
+def pytest_configure(config):
+    config.stash[ROWS] = []
+
+
+@pytest.fixture
+def versus(benchmark, request):
+    """versus(ours, peers, flops=None, bytes=None): times `ours` with each peer run just before every round.
+
+    `peers` maps a name to a callable. Records medians in seconds, the ratio best peer / ours (above 1: we are
+    faster), and the rate where `flops` or `bytes` of one call are given.
+    """
+
+    def measure(ours, peers, *, flops=None, bytes=None, seconds=3.0):
+        calls = {"ours": ours, **peers}
+        for call in calls.values():
+            call()
+        once = sum(timed(call) for call in calls.values())
+        rounds = max(5, min(200, int(seconds / once)))
+        times = {name: [] for name in peers}
+
+        def run_peers():
+            for name, call in peers.items():
+                times[name].append(timed(call))
+
+        benchmark.pedantic(ours, setup=run_peers, rounds=rounds, warmup_rounds=0)
+        row = {"name": request.node.name, "rounds": rounds, "seconds": benchmark.stats.stats.median}
+        row["peers"] = {name: statistics.median(values) for name, values in times.items()}
+        row["ratio"] = min(row["peers"].values()) / row["seconds"]
+        if flops:
+            row["gflops"] = flops / row["seconds"] / 1e9
+        if bytes:
+            row["gigabytes_per_second"] = bytes / row["seconds"] / 1e9
+        benchmark.extra_info.update(row)
+        request.config.stash[ROWS].append(row)
+
+    return measure
+
+
+def timed(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    terminalreporter.section(f"ours against the best peer, {device_name()}")
+    for row in rows:
+        peer = min(row["peers"], key=row["peers"].get)
+        rate = "".join(
+            f"{row[k]:9.1f} {u}" for k, u in (("gflops", "GFLOP/s"), ("gigabytes_per_second", "GB/s")) if k in row
+        )
+        terminalreporter.write_line(
+            f"{row['name']:58} {row['seconds'] * 1e3:10.3f} ms  {peer:18} {row['peers'][peer] * 1e3:10.3f} ms"
+            f"  {row['ratio']:6.2f} x {rate}"
+        )
+    if config.getoption("--save-results"):
+        terminalreporter.write_line(f"wrote {save('ops', {'rows': rows})}")

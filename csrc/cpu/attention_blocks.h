@@ -1,0 +1,135 @@
+// What both directions of attention are made of: this thread's scratch, packing, and the product of a block of queries
+// with a block of keys.
+//
+// Operands are widened to fp32 once per head into scratch, keys (and in the backward pass values) also transposed,
+// since a product's lanes run along keys. A block's arithmetic depends on its place alone, never on how blocks are
+// shared out, so the bits do not depend on the thread count.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../attention.h"
+#include "gemm.h"
+#include "vec.h"
+
+namespace cgpt::CGPT_ISA {
+
+inline constexpr int64_t kKeys =
+    64;  // keys a block: a transposed block of 64-wide heads is 16 KiB, half a first-level cache
+inline constexpr int64_t kQueries = 96;  // queries a block, a multiple of kTileRows
+inline constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Pieces of this thread's scratch, each a multiple of a cache line here. It lives as long as the thread: fresh memory
+// costs a page fault every 4 KiB.
+class Scratch {
+  public:
+    explicit Scratch(int64_t floats) {
+        static thread_local std::vector<float> memory;
+        if (static_cast<int64_t>(memory.size()) < floats + kLine) memory = {}, memory.resize(floats + kLine);
+        const auto address = reinterpret_cast<uintptr_t>(memory.data());
+        next_ = memory.data() + (kLine * 4 - address % (kLine * 4)) % (kLine * 4) / 4;
+    }
+    float* take(int64_t floats) {
+        float* p = next_;
+        next_ += floats;
+        return p;
+    }
+
+  private:
+    static constexpr int64_t kLine = 16;  // floats in a cache line
+    float* next_;
+};
+
+template <class T>
+T* row_of(const Heads& t, int64_t b, int64_t i, int64_t h) {
+    return static_cast<T*>(t.data) + b * t.batch + i * t.time + h * t.head;
+}
+
+// Rows of one head to fp32, each `ld` long, zeros after D.
+template <class T>
+void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t D, float* to, int64_t ld) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for_lanes(D, [&](int64_t i, auto n) { store(to + r * ld + i, get(from + r * stride + i, n)); });
+    }
+}
+
+template <class T>
+void narrow_rows(const float* from, int64_t ld, int64_t rows, int64_t D, float scale, T* to, int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r)
+        for_lanes(D, [&](int64_t i, auto n) { put(to + r * stride + i, load(from + r * ld + i) * scale, n); });
+}
+
+// (kKeys, D) to (D, kKeys), four by four.
+inline void transpose(const float* from, int64_t ld, int64_t D, float* to) {
+    for (int64_t r = 0; r < kKeys; r += 4) {
+        for (int64_t d = 0; d < D; d += 4) {
+            const float* x = from + r * ld + d;
+            float* y = to + d * kKeys + r;
+#if defined(__x86_64__)
+            __m128 a = _mm_loadu_ps(x), b = _mm_loadu_ps(x + ld);
+            __m128 c = _mm_loadu_ps(x + 2 * ld), e = _mm_loadu_ps(x + 3 * ld);
+            _MM_TRANSPOSE4_PS(a, b, c, e);
+            _mm_storeu_ps(y, a);
+            _mm_storeu_ps(y + kKeys, b);
+            _mm_storeu_ps(y + 2 * kKeys, c);
+            _mm_storeu_ps(y + 3 * kKeys, e);
+#else
+            for (int64_t i = 0; i < 4; ++i)
+                for (int64_t k = 0; k < 4; ++k) y[i * kKeys + k] = x[k * ld + i];
+#endif
+        }
+    }
+}
+
+// A block of keys or values to fp32, as rows and, where `turned` is given, as columns too; zeros beyond `rows`.
+template <class T>
+void pack(const T* from, int64_t stride, int64_t rows, int64_t D, float* to, float* turned) {
+    const int64_t ld = padded(D);
+    widen_rows(from, stride, rows, D, to, ld);
+    std::fill(to + rows * ld, to + kKeys * ld, 0.0f);
+    if (turned) transpose(to, ld, D, turned);
+}
+
+// e^x for what softmax asks of it, x <= 0 give or take a rounding: nothing overflows, so half of vec.h's work is saved.
+// The same polynomial; -inf and all below e^-86 give 0, NaN stays.
+CGPT_INLINE vf exp_below(vf x) {
+    const vf shift = splat(0x1.8p23f);
+    const vf y = x < -86.0f ? splat(-86.0f) : x;
+    const vf n = madd(y, splat(0x1.715476p+0f), shift);  // the integer sits in the low mantissa bits
+    vf r = madd(n - shift, splat(-0x1.62e400p-1f), y);
+    r = madd(n - shift, splat(-0x1.7f7d1cp-20f), r);
+    vf p = splat(0x1.6c16c2p-10f);
+    p = madd(p, r, splat(0x1.111112p-7f));
+    p = madd(p, r, splat(0x1.555556p-5f));
+    p = madd(p, r, splat(0x1.555556p-3f));
+    p = madd(p, r, splat(0.5f));
+    p = madd(p, r, splat(1.0f));
+    p = madd(p, r, splat(1.0f));
+    p *= as_float((as_int(n) + 127) << 23);
+    return x < -86.0f ? vf{} : p;
+}
+
+// How many keys of the block that starts at `key` query i sees.
+inline int64_t visible(const AttentionShape& s, int64_t i, int64_t key) {
+    const int64_t end = s.causal ? std::min(s.Tk, i + s.Tk - s.Tq + 1) : s.Tk;
+    return std::clamp<int64_t>(end - key, 0, kKeys);
+}
+
+// C (rows, kKeys) = scale * A B: queries (rows, ld) against transposed keys, or dout against transposed values. Only
+// the columns that a group of rows sees are computed, up to whole vectors.
+inline void product(const AttentionShape& s, int64_t query, int64_t rows, int64_t key, const float* a, const float* b,
+                    float scale, float* c) {
+    const vf factor = splat(scale);
+    gemm<A::rows>(
+        rows, kKeys, a, padded(s.D), b, kKeys,
+        [&](int64_t, int64_t last) { return Extent{visible(s, query + last - 1, key), 0, s.D}; },
+        [](int64_t, int64_t) { return vf{}; },
+        [&](int64_t r, int64_t i, vf x) { store(c + r * kKeys + i, x * factor); });
+}
+
+}  // namespace cgpt::CGPT_ISA

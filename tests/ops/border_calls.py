@@ -1,0 +1,81 @@
+"""One valid call of every native function, and what to put in an argument's place to break it."""
+
+import torch
+
+
+def layer_norm_fwd():
+    x, w = torch.randn(6, 16), torch.randn(16)
+    return [x, x.clone(), w, w.clone(), 1e-5, torch.empty(6, 16), torch.empty(6, 16), torch.empty(6), torch.empty(6)]
+
+
+def layer_norm_bwd():
+    x, w = torch.randn(6, 16), torch.randn(16)
+    return [
+        x,
+        x.clone(),
+        x.clone(),
+        w,
+        torch.zeros(6),
+        torch.ones(6),
+        torch.empty(6, 16),
+        torch.empty(16),
+        torch.empty(16),
+    ]
+
+
+def attention_fwd():
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
+    return [q, k, k.clone(), True, 0.5, torch.zeros_like(q), torch.zeros(2, 4, 5)]
+
+
+def attention_bwd():
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
+    inputs = [q, q.clone(), k, k.clone(), q.clone(), torch.zeros(2, 4, 5)]
+    return [*inputs, True, 0.5, torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)]
+
+
+CALLS = {f.__name__: f for f in (attention_fwd, attention_bwd, layer_norm_fwd, layer_norm_bwd)}
+
+NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, -(2**63), 1e30, float("nan"), float("inf"), True]
+
+
+def hostile(value):
+    """Replacements for one argument, chosen by what it is."""
+    yield from (None, "text", object(), [], [None], [3])
+    if isinstance(value, torch.Tensor):
+        yield from tensors(value)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield [*value[:i], *value[i + 1 :]]
+            if isinstance(item, torch.Tensor):
+                for bad in tensors(item):
+                    yield [*value[:i], bad, *value[i + 1 :]]
+    else:
+        yield from NUMBERS
+
+
+def tensors(t):
+    """Tensors that are like `t` but for dtype, shape, strides, device or memory."""
+    yield from NUMBERS
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int16, torch.bool, torch.complex64):
+        if dtype != t.dtype:
+            yield t.to(dtype)
+    yield t.new_empty(0)
+    yield t.new_zeros(())
+    yield t.unsqueeze(0)
+    yield t.reshape(-1)
+    yield t.to("meta")
+    yield torch.zeros(t.shape).to_sparse()
+    yield t.new_zeros((1,) * 12)
+    if t.dim() and t.numel():
+        yield t.new_zeros(1).expand(t.shape)  # every stride 0
+        yield torch.as_strided(t.new_zeros(4 * t.numel()), t.shape, [2 * s for s in t.stride()])
+        yield t.flip(0)
+        for d in range(t.dim()):
+            yield t.narrow(d, 0, t.shape[d] - 1)
+            yield torch.cat([t, t], d)
+            yield t.narrow(d, 0, 0)
+            yield t.transpose(0, d).contiguous().transpose(0, d)
+    if t.dtype == torch.int64:
+        for bad in (-1, -101, 2**31, 2**62, -(2**63)):
+            yield torch.full_like(t, bad)
