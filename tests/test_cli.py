@@ -9,7 +9,7 @@ import nano
 import numpy as np
 import pytest
 import torch
-from cgpt import cli, train
+from cgpt import cli, console, train
 from cgpt.data.prepare import prepare
 from cgpt.model import presets
 from nano import NANO, start, write_corpus
@@ -62,7 +62,6 @@ def refused(capsys, *argv):
         ("train --resume --out corpus.txt", "corpus.txt: wanted a run to resume (config.json), got none"),
         ("train --out corpus.txt", "corpus.txt: wanted a folder for the run, got a file"),
         ("train --data nowhere.txt", "nowhere.txt: no such file or folder"),
-        ("train --model 13B", "--model: 13B wants 207 GB for state and gradients, got"),
         ("eval nowhere", "nowhere: wanted a run folder (config.json), got no folder"),
         ("generate .", ".: wanted a run folder (config.json), got none"),
         ("data info nowhere", "nowhere: no such file or folder"),
@@ -75,6 +74,13 @@ def refused(capsys, *argv):
 def test_mistakes_are_one_line(here, capsys, argv, wanted):
     assert wanted in refused(capsys, *argv.split())
     assert sorted(path.name for path in here.iterdir() if path.name != "cache") == ["corpus.txt"]
+
+
+def test_a_model_past_the_memory_there_is(here, capsys, monkeypatch):
+    monkeypatch.setattr(console, "available_memory", lambda: 8 * 10**9)
+    wanted = "--model: 13B wants 207 GB for state and gradients, got 8 GB of free memory"
+    assert wanted in refused(capsys, "train", "--model", "13B")
+    assert not (here / "runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

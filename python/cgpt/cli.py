@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
-from cgpt.recipe import Int, Text, TrainConfig
+from cgpt.recipe import Int, Switch, Text, TrainConfig
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]
@@ -45,7 +45,7 @@ class Eval:
     """Sequences at once."""
     device: Device = "cpu"
     """Where to compute."""
-    json: bool = False
+    json: Switch = False
     """Print JSON."""
 
 
@@ -89,7 +89,7 @@ class DataInfo:
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """As for train."""
-    json: bool = False
+    json: Switch = False
     """Print JSON."""
 
 
@@ -104,7 +104,7 @@ class Data:
 class Info:
     """Presets with their exact sizes, and which implementation serves each op on this machine, and why."""
 
-    json: bool = False
+    json: Switch = False
     """Print JSON."""
 
 

@@ -39,6 +39,7 @@ def _flag(metavar: str):
 Int = Annotated[int | None, _flag("INT")]
 Float = Annotated[float | None, _flag("FLOAT")]
 Text = Annotated[str | None, _flag("TEXT")]
+Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Folder = Annotated[Path | None, _flag("DIR")]
 
 
@@ -80,7 +81,7 @@ class TrainConfig:
     seed: Int = None
     """Of initial weights and order of samples (default: 0)."""
     eval_every: Int = None
-    """Steps between held-out losses (default: a twentieth of the run)."""
+    """Steps between held-out losses (default: a tenth of the run)."""
     eval_tokens: Int = None
     """Held-out tokens read each time, from the start of the split (default: 65536)."""
     checkpoint_every: Int = None
@@ -89,7 +90,7 @@ class TrainConfig:
     """Checkpoints to keep (default: 2)."""
     out: Folder = None
     """Run folder (default: runs/MODEL-DATA, or the next free runs/MODEL-DATA-2, -3, ...)."""
-    resume: bool = False
+    resume: Switch = False
     """Go on with the run in --out (default: the newest of runs/MODEL-DATA) from its newest whole checkpoint."""
 
 
@@ -171,7 +172,7 @@ def resolve(config: TrainConfig) -> Recipe:
         precision=config.precision or "bf16",
         device=config.device or "cpu",
         seed=_given(config.seed, 0),
-        eval_every=config.eval_every or max(1, steps // 20),
+        eval_every=config.eval_every or max(1, steps // 10),
         eval_tokens=config.eval_tokens or 65536,
         checkpoint_every=config.checkpoint_every or max(1, min(1000, steps // 10)),
         keep=config.keep or 2,
