@@ -195,10 +195,10 @@ def test_a_disk_that_fills_names_what_is_left(here, monkeypatch):
 COMMON = "--model nano --data corpus.txt --steps 40 --checkpoint-every 4 --eval-every 20 --eval-tokens 64".split()
 
 
-def wait_for(path, process, seconds=60):
+def wait_for(condition, process, seconds=60):
     end = time.monotonic() + seconds
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
 
 
 def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(here):
@@ -207,13 +207,13 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(here):
     assert whole.returncode == 0
     draw = random.Random(5)
     process = start("train", *COMMON, "--out", "cut", cwd=here)
-    for _ in range(KILLS):
-        wait_for(here / "cut" / "config.json", process)
-        time.sleep(draw.random() * 1.5)
+    for step in sorted(draw.sample(range(1, 36), KILLS)):
+        wait_for(lambda step=step: len(read(here / "cut")) >= step, process)
+        time.sleep(draw.random() * 0.02)  # in the middle of a step, or of a checkpoint
         process.kill()
         process.communicate()
-        going_on = (here / "cut" / "config.json").exists()
-        process = start("train", *(["--resume"] if going_on else COMMON), "--out", "cut", cwd=here)
+        assert process.returncode == -signal.SIGKILL
+        process = start("train", "--resume", "--out", "cut", cwd=here)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert weights(here / "cut") == weights(here / "whole")
@@ -223,7 +223,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(here):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, number):
     process = start("train", *COMMON, "--steps", "100000", "--out", "run", cwd=here)
-    wait_for(here / "run" / "checkpoints" / "latest", process)
+    wait_for((here / "run" / "checkpoints" / "latest").exists, process)
     process.send_signal(number)
     out, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (128 + number, "")
@@ -231,3 +231,17 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, number):
     assert read(here / "run")[-1]["step"] == manifest["step"]
     assert f"stopped after step {manifest['step']}, saved; go on with: cgpt train --resume --out run" in out
     assert json.loads((here / "run" / "summary.json").read_text())["stopped_by"] == number
+
+
+def test_a_signal_during_a_save_is_not_lost(here, monkeypatch):
+    save = train.save
+
+    def interrupted(run, seconds):
+        save(run, seconds)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "save", interrupted)
+    summary = train.train(nano(steps=9))
+    assert (summary.steps, summary.stopped_by, summary.val_loss) == (4, signal.SIGTERM, None)
+    assert checkpoint.newest(here / "runs" / "nano-corpus" / "checkpoints")[0].name == "step-00000004"

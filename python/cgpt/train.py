@@ -66,9 +66,8 @@ def train(config: TrainConfig) -> Summary:
     recipe = run.recipe
     windows = windows_within(run.held_out, recipe.eval_tokens)
     unigram = unigram_loss(run.loader, run.held_out, windows)
-    console.say(
-        f"unigram  {unigram:.4f} nats a token on {human(windows * recipe.seq_len)} held-out tokens: the baseline"
-    )
+    told = f"{unigram:.4f} nats a token on {human(windows * recipe.seq_len)} held-out tokens"
+    console.say(f"unigram  {told}: the baseline")
 
     flops = matmul_flops_per_token(recipe.shape, recipe.seq_len)
     metrics = Metrics(run.folder, run.step)
@@ -76,17 +75,22 @@ def train(config: TrainConfig) -> Summary:
     began = time.monotonic()
     evaluation: HeldOut | None = None
     with contextlib.closing(metrics), contextlib.closing(live), stop_signals() as stop:
-        while run.step < recipe.steps and not stop:
+        while run.step < recipe.steps:
             row = one_step(run)
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
                 evaluation = evaluate(run)
                 row["val_loss"] = evaluation.loss
             metrics.append(row)
             live.step(row)
-            if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps or stop:
+            stopping = bool(stop)  # looked at once: a signal from here on is the next step's
+            if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps or stopping:
                 save(run, run.seconds + time.monotonic() - began)
+            if stopping:
+                break
 
-    evaluation = evaluation or evaluate(run)
+    finished = run.step == recipe.steps
+    if finished and evaluation is None:  # resumed at its end
+        evaluation = evaluate(run)
     speed = metrics.tokens_per_second()
     summary = Summary(
         model=recipe.model,
@@ -96,15 +100,15 @@ def train(config: TrainConfig) -> Summary:
         tokens=run.samples * recipe.seq_len,
         seconds=run.seconds + time.monotonic() - began,
         train_loss=metrics.train_loss(),
-        val_loss=evaluation.loss,
+        val_loss=evaluation and evaluation.loss,
         unigram_loss=unigram,
-        bits_per_byte=evaluation.bits_per_byte,
-        val_tokens=evaluation.tokens,
+        bits_per_byte=evaluation and evaluation.bits_per_byte,
+        val_tokens=windows * recipe.seq_len,
         tokens_per_second=speed,
         model_flops_per_second=speed and speed * flops,
         peak_memory_bytes=peak_memory_bytes(recipe.device),
         skipped_steps=run.optimizer.skipped,
-        stopped_by=stop[0] if stop and run.step < recipe.steps else None,
+        stopped_by=None if finished else stop[0],
         checkpoint=run.checkpoint and str(run.checkpoint),
     )
     summary.write(run.folder)
