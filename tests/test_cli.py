@@ -126,7 +126,7 @@ def test_damaged_shards_are_named(here, capsys, how):
     assert not (here / "run").exists()
 
 
-def test_train_eval_and_generate_in_turn(here, capsys):
+def test_train_eval_and_generate_in_turn(here, capsys, monkeypatch):
     assert cli.main(TRAIN) == 0
     summary = json.loads((here / "run" / "summary.json").read_text())
     capsys.readouterr()
@@ -143,6 +143,11 @@ def test_train_eval_and_generate_in_turn(here, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("the whale")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start("generate", "run", "--prompt", "na\u00efve", "--max-tokens", "2", cwd=here)
+    out, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert out.startswith("na?ve")
     assert "temperature" in refused(capsys, "generate", "run", "--temperature", "-1")
     assert "--tokens: wanted at least 1, got 0" in refused(capsys, "eval", "run", "--tokens", "0")
 

@@ -119,6 +119,8 @@ Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Raises SystemExit for --help alone."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     try:
         return run(parse(sys.argv[1:] if argv is None else argv))
     except InputError as error:
