@@ -158,6 +158,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(here, m
     assert read(run)[-1]["step"] == 4
 
 
+def test_an_overflowing_step_is_skipped_counted_and_shown(here, monkeypatch, capsys):
+    gradients = train.Executor.gradients
+
+    def overflowing(self, visits, loss_scale=1.0):
+        found = gradients(self, visits, loss_scale)
+        overflowing.scales.append(loss_scale)
+        if len(overflowing.scales) == 1:
+            found.norm = math.inf
+        return found
+
+    overflowing.scales = []
+    monkeypatch.setattr(train.Executor, "gradients", overflowing)
+    summary = train.train(nano(precision="fp16", steps=2))
+    assert overflowing.scales[1] == overflowing.scales[0] / 2
+    rows = read(here / "runs" / "nano-corpus")
+    assert rows[0]["grad_norm"] is None
+    assert 0.1 < rows[1]["grad_norm"] < 100  # of the loss, not of the scaled loss
+    assert summary.skipped_steps == 1
+    assert "skipped: its gradient is not finite" in capsys.readouterr().out
+
+
 def test_folders_are_never_overwritten(here):
     for _ in range(2):
         train.train(nano(steps=1))

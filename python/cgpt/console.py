@@ -110,6 +110,8 @@ class Live:
         speed = row["tokens_per_second"]
         text = f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {human(speed)} tokens/s, "
         text += human(speed * self.flops_per_token, "FLOP/s")
+        if row["grad_norm"] is None:
+            text += ", skipped: its gradient is not finite"
         held_out = f"step {self.done}: held-out loss {row['val_loss']:.4f}" if "val_loss" in row else None
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)

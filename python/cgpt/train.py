@@ -217,13 +217,14 @@ def one_step(run: Run) -> dict:
         min_ratio=recipe.min_lr_ratio,
     )
     # Resident weights cost nothing to visit again: one micro-batch a visit keeps the fewest activations.
-    gradients = run.executor.gradients([[batch] for batch in micro_batches(run, size)], run.optimizer.loss_scale)
+    scale = run.optimizer.loss_scale
+    gradients = run.executor.gradients([[batch] for batch in micro_batches(run, size)], scale)
     if not math.isfinite(gradients.loss):
         raise InputError(
             f"loss: wanted a finite number, got {gradients.loss} at step {run.step + 1} (lr {lr:.3g}); "
             f"last good checkpoint: {run.checkpoint or 'none'}"
         )
-    run.optimizer.step(gradients, lr)
+    applied = run.optimizer.step(gradients, lr)
     run.step += 1
     run.samples += size
     return {
@@ -231,7 +232,7 @@ def one_step(run: Run) -> dict:
         "tokens": tokens,
         "loss": gradients.loss,
         "lr": lr,
-        "grad_norm": gradients.norm / run.optimizer.loss_scale if math.isfinite(gradients.norm) else None,
+        "grad_norm": gradients.norm / scale if applied else None,
         "tokens_per_second": size * recipe.seq_len / (time.perf_counter() - began),
     }
 
