@@ -1,0 +1,203 @@
+"""Checkpoints that are whole or absent: one safetensors file a layer, and a manifest that is written last.
+
+    checkpoints/step-00000100/embed.safetensors      wte.weight, exp_avg/wte.weight, exp_avg_sq/wte.weight, ...
+                             /h.0.safetensors ...    fp32 masters and moments under Hugging Face GPT-2's names
+                             /manifest.json          step, tokens, config, sizes and sha256 of every file, of itself
+    checkpoints/latest                               a link, moved by rename
+
+A save writes `step-N.tmp/`, syncs files and folder, renames, syncs the parent. So a crash or a full disk at any point
+leaves the checkpoints before it as they were. Nothing is pickled. Tensors are logical ones: the split master of bf16
+is joined to its exact fp32 on the way out and split again, exactly, on the way in. Both directions go layer by layer,
+tensor by tensor, in little memory beyond the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cgpt.errors import InputError
+from cgpt.files import read_signed_json, sha256_of, sync_folder, write_signed_json
+from cgpt.model.gpt import GPT
+from cgpt.recipe import Recipe, read_config
+from cgpt.stream.store import KINDS, Store, build
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+CHECKPOINTS = "checkpoints"  # in a run folder
+
+
+def save(folder: Path, store: Store, step: int, state: dict, keep: int = 2) -> Path:
+    """Writes `folder`/step-N and removes all but the newest `keep`; returns its path.
+
+    state: JSON values to get back on resume (tokens, data cursor, optimizer numbers, config). Raises OSError naming
+    the file (full disk, read-only folder): the earlier checkpoints are then untouched and nothing partial is left.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = final.with_name(final.name + ".tmp")
+    path = partial
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
+        partial.mkdir()
+        files = {}
+        for layer, names in zip(store.layers, store.owned, strict=True):
+            path = partial / f"{layer.name}.safetensors"
+            files[path.name] = _write_tensors(path, store, names)
+        path = partial / MANIFEST
+        versions = {name: _version(name) for name in ("cgpt-ext", "torch", "safetensors")}
+        manifest = {"format": FORMAT, "step": step, "files": files, "versions": versions, **state}
+        write_signed_json(path, manifest)
+        path = final
+        sync_folder(partial)
+        if final.exists():  # a damaged one of this step, which the resumed run has come to again
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_folder(folder)
+        path = folder / LATEST
+        _point_latest(folder, final.name)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
+    for old in [name for name in steps(folder) if _step(name) <= step][keep:]:
+        shutil.rmtree(folder / old, ignore_errors=True)
+    return final
+
+
+def newest(folder: Path) -> tuple[Path, dict, list[str]]:
+    """The newest checkpoint in `folder` that is whole, its manifest, and why newer ones were skipped."""
+    skipped = []
+    for name in steps(folder):
+        try:
+            return folder / name, verify(folder / name), skipped
+        except InputError as error:
+            skipped.append(f"skipped {error}")
+    if skipped:
+        raise InputError(f"{folder}: wanted a whole checkpoint, got only damaged ones: {'; '.join(skipped)}")
+    raise InputError(f"{folder}: wanted a checkpoint, got none")
+
+
+def open_trained(run: Path, device: str = "cpu") -> tuple[Recipe, dict, GPT, Store]:
+    """A run's (recipe, identity of its data, model, store) for reading: weights of its newest whole checkpoint."""
+    recipe, identity = read_config(run)
+    path, manifest, _ = newest(run / CHECKPOINTS)
+    model, store = build(recipe.shape, recipe.precision, device, training=False)
+    load(path, store, manifest)
+    return recipe, identity, model, store
+
+
+def steps(folder: Path) -> list[str]:
+    """Names of the checkpoints in `folder`, newest first; partial ones are not among them."""
+    if not folder.is_dir():
+        return []
+    return sorted((p.name for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)), key=_step, reverse=True)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def verify(path: Path) -> dict:
+    """The manifest of checkpoint `path`, once sizes and checksums of all its files hold. InputError otherwise."""
+    manifest = read_signed_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path / MANIFEST}: wanted format {FORMAT}, got {manifest.get('format')}")
+    for name, wanted in manifest["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else "no file"
+        if size != wanted["bytes"]:
+            raise InputError(f"{file}: wanted {wanted['bytes']} bytes, got {size}")
+    for name, wanted in manifest["files"].items():
+        found = sha256_of(path / name)
+        if found != wanted["sha256"]:
+            raise InputError(f"{path / name}: wanted sha256 {wanted['sha256']}, got {found}")
+    return manifest
+
+
+def load(path: Path, store: Store, manifest: dict) -> None:
+    """Fills `store` from a verified checkpoint: masters, and moments where the store trains."""
+    for layer, names in zip(store.layers, store.owned, strict=True):
+        file = path / f"{layer.name}.safetensors"
+        if file.name not in manifest["files"]:
+            raise InputError(f"{path}: wanted a checkpoint with layer {layer.name}, got none")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in names:
+                    store.write(name, tensors.get_tensor(name))
+                    if store.training:
+                        for kind in KINDS:
+                            store.moment(kind, name).copy_(tensors.get_tensor(f"{kind}/{name}"))
+        except SafetensorError as error:
+            raise InputError(f"{file}: wanted the tensors of layer {layer.name}, got {error}") from error
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a killed save left behind."""
+    for path in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def _tensors(store: Store, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """A layer's logical tensors, fp32 on the CPU, one in memory at a time."""
+    for name in names:
+        yield name, store.read(name)
+        for kind in KINDS:
+            yield f"{kind}/{name}", store.moment(kind, name).cpu()
+
+
+def _write_tensors(path: Path, store: Store, names: list[str]) -> dict:
+    """Writes a safetensors file as a stream and syncs it; returns its size and sha256.
+
+    By hand, because safetensors' own writer first copies every tensor of the file: an embedding and its moments are
+    3 GB at 13B. The format is a length, a JSON header, and the bytes (huggingface/safetensors, README, "Format").
+    """
+    header, offset = {}, 0
+    for name in names:
+        for key in (name, *(f"{kind}/{name}" for kind in KINDS)):
+            size = store.shape(name).numel() * 4
+            header[key] = {"dtype": "F32", "shape": list(store.shape(name)), "data_offsets": [offset, offset + size]}
+            offset += size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(data) -> None:
+            digest.update(data)
+            file.write(data)
+
+        put(len(head).to_bytes(8, "little") + head)
+        for _, tensor in _tensors(store, names):
+            put(memoryview(np.ascontiguousarray(tensor.numpy(), dtype="<f4")).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": 8 + len(head) + offset, "sha256": digest.hexdigest()}
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    link = folder / (LATEST + ".tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    link.replace(folder / LATEST)
+    sync_folder(folder)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return torch.__version__ if package == "torch" else None

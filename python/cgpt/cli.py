@@ -1,0 +1,301 @@
+"""`cgpt`: the only reader of the command line.
+
+    train   eval   generate   data prepare   data info   info
+
+Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
+(128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
+is asked for.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cgpt.errors import InputError
+from cgpt.recipe import Int, Switch, Text, TrainConfig
+
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Loss of a trained run on held-out text, in nats per token and bits per byte."""
+
+    run: Run
+    """A run folder, as `cgpt train` leaves it."""
+    data: Text = None
+    """As for train. The run's own data gives its held-out split, any other is read whole (default: the run's own)."""
+    tokens: Int = None
+    """Read at most this many (default: all)."""
+    batch_size: int = 8
+    """Sequences at once."""
+    device: Device = "cpu"
+    """Where to compute."""
+    json: Switch = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Text from a trained run, printed as it comes."""
+
+    run: Run
+    """A run folder, as `cgpt train` leaves it."""
+    prompt: str = "\n"
+    """The text to go on from."""
+    max_tokens: int = 128
+    """Tokens to add, at most."""
+    temperature: float = 0.8
+    """0 always takes the most probable token."""
+    top_k: int = 50
+    """Draw among this many, 0 for all."""
+    top_p: float = 1.0
+    """Draw among the fewest that hold this much probability."""
+    seed: int = 0
+    """Of the draws."""
+    device: Device = "cpu"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn text into token shards that train and eval open at once."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
+    """Text files (.txt, .jsonl, packed or not), folders of them, moby-dick or python-stdlib."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Dataset folder to write; one left by an interrupted run is finished."""
+    workers: Int = None
+    """Threads that encode (default: one a core)."""
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a dataset holds."""
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """As for train."""
+    json: Switch = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prepare token shards, or look into them."""
+
+    command: Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[DataInfo, tyro.conf.subcommand("info")]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Presets with their exact sizes, and which implementation serves each op on this machine, and why."""
+
+    json: Switch = False
+    """Print JSON."""
+
+
+Command = (
+    Annotated[TrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. Raises SystemExit for --help alone."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+    try:
+        return run(parse(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        message = str(error)
+    except BrokenPipeError:  # the reader of our output has left: `cgpt info | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- lives to the end, so that the last flush finds it
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        message = where + (error.strerror or str(error))
+    except KeyboardInterrupt:
+        print("cgpt: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print("cgpt: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def parse(argv: Sequence[str]):
+    """The command that `argv` asks for. Raises InputError, one line, where it asks for none."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                Command,
+                prog="cgpt",
+                description="Train GPTs, measure them, let them write.",
+                args=list(argv),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise InputError(_one_line(box.getvalue())) from error
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed message, in UTF-8 or ASCII, on one line: what is wrong, and the nearest option if it knows one."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if re.match(r"[╭─╰]|-{5,}$", line)] or [-1, len(lines)]
+    body = lines[rules[0] + 1 : rules[1]]
+    if "" in body:  # after a blank line come the attempts at each type of a union
+        body = body[: body.index("")]
+    message = " ".join(body)
+    near = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(lines))
+    helps = re.search(r"(?:run|see) (cgpt[\w ]* --help)", " ".join(lines))
+    message = message.rstrip(".") + (f"; perhaps {near[1]}?" if near else "")
+    return message + (f" ({helps[1]} lists what there is)" if helps else "")
+
+
+def run(command) -> int:
+    """Runs a parsed command."""
+    if isinstance(command, TrainConfig):
+        return _train(command)
+    if isinstance(command, Data):
+        command = command.command
+    steps = {Eval: _eval, Generate: _generate, Prepare: _prepare, DataInfo: _data_info, Info: _info}
+    steps[type(command)](command)
+    return 0
+
+
+def _train(config: TrainConfig) -> int:
+    from cgpt.train import train
+
+    summary = train(config)
+    return 128 + summary.stopped_by if summary.stopped_by else 0
+
+
+def _eval(command: Eval) -> None:
+    from cgpt.console import interactive
+    from cgpt.evaluate.loss import evaluate_run
+
+    bar = interactive()
+    found = evaluate_run(command.run, command.data, command.tokens, command.batch_size, command.device, progress=bar)
+    if command.json:
+        print(json.dumps(found))
+        return
+    bits = f", {found['bits_per_byte']:.3f} bits a byte" if found["bits_per_byte"] else ""
+    print(
+        f"{found['data']} ({found['split']}): {found['loss']:.4f} nats a token{bits}, over {found['tokens']:,} tokens"
+    )
+
+
+def _generate(command: Generate) -> None:
+    from cgpt.checkpoint import open_trained
+    from cgpt.data.tokenizer import EOT, gpt2
+    from cgpt.evaluate.generate import generate
+
+    _, _, model, _ = open_trained(command.run, command.device)
+    ids = gpt2().encode_ordinary(command.prompt) or [EOT]
+    found = generate(
+        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot=EOT
+    )
+    print(command.prompt, end="", flush=True)
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    for token in found:
+        print(text.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
+    print(text.decode(b"", final=True))
+
+
+def _prepare(command: Prepare) -> None:
+    from cgpt.console import interactive
+    from cgpt.data.prepare import prepare
+
+    _show(prepare(command.sources, command.out, workers=command.workers, progress=interactive()), False)
+
+
+def _data_info(command: DataInfo) -> None:
+    from cgpt.console import interactive
+    from cgpt.data.prepare import open_corpus
+
+    _show(open_corpus(command.data, progress=interactive()), command.json)
+
+
+def _show(dataset, as_json: bool) -> None:
+    rows = {
+        "name": dataset.name,
+        "tokens": dataset.n_tokens,
+        "documents": dataset.n_documents,
+        "text_bytes": dataset.text_bytes,
+        "vocab_size": dataset.vocab_size,
+        "dtype": str(dataset.dtype),
+    }
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for name, value in rows.items():
+        print(f"{name:10} {f'{value:,}' if isinstance(value, int) else value}")
+
+
+def _info(command: Info) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from cgpt.model.presets import PRESETS
+    from cgpt_ext import dispatch
+
+    try:
+        own = version("cgpt-ext")
+    except PackageNotFoundError:  # run from a source tree
+        own = None
+    cuda = torch.cuda.is_available()
+    found = {
+        "version": own,
+        "torch": torch.__version__,
+        "cuda": {"available": cuda, "device": torch.cuda.get_device_name() if cuda else None},
+        **dispatch.report(),
+        "presets": {name: _preset(preset) for name, preset in PRESETS.items()},
+    }
+    if command.json:
+        print(json.dumps(found, indent=1))
+        return
+    cpu = found["cpu"]
+    print(f"cgpt-ext {own}, torch {torch.__version__}, cuda {found['cuda']['device'] or 'not found'}")
+    print(f"cpu {cpu['isa']} of {', '.join(cpu['available'])}; {cpu['threads']} threads\n")
+    print(f"{'preset':8} {'parameters':>14}  layers  width  heads  d_head  positions")
+    for name, row in found["presets"].items():
+        print(
+            f"{name:8} {row['parameters']:14,}  {row['n_layer']:6}  {row['d_model']:5}  {row['n_head']:5}  "
+            f"{row['d_head']:6}  {row['seq_len']:9}"
+        )
+    print()
+    for op, devices in found["ops"].items():
+        for device, row in devices.items():
+            print(f"{op:14} {device:5} {row['implementation']:10} {row['why']}")
+
+
+def _preset(preset) -> dict:
+    return {
+        "parameters": preset.config.n_params,
+        **preset.config.to_dict(),
+        "steps": preset.steps,
+        "tokens": preset.tokens,
+        "batch_schedule": preset.batch_schedule,
+        "lr": preset.lr,
+        "warmup_tokens": preset.warmup_tokens,
+        "decay": preset.decay,
+    }

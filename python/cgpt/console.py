@@ -1,0 +1,152 @@
+"""What a person sees of a run: the report before it starts, a live line while it trains, the summary at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cgpt.errors import InputError
+from cgpt.metrics import Summary, human
+from cgpt.recipe import Recipe
+
+PLAIN_SECONDS = 10  # between plain lines where there is no terminal
+
+ACTIVATIONS = 13  # values a token and width kept by a block for its backward: inputs, norms, q k v, attention, MLP
+HEAD_BYTES = 128 << 20  # logits in flight
+
+
+def memory_estimate(recipe: Recipe, n_params: int) -> dict[str, int]:
+    """Bytes of a resident run: state (exact), gradients, and activations of one micro-batch (estimated)."""
+    width = 4 if recipe.precision == "fp32" else 2
+    shape = recipe.shape
+    largest = max(batch for _, batch in recipe.batch_schedule)
+    micro = min(recipe.micro_batch_size, largest)
+    tied = shape.vocab_size * shape.d_model  # summed in fp32: the head's and the embedding's
+    return {
+        "state": n_params * (14 if recipe.precision == "fp16" else 12),
+        "gradients": n_params * (width if micro == largest else 4) + 4 * tied,
+        "activations": micro * recipe.seq_len * shape.n_layer * ACTIVATIONS * shape.d_model * width + HEAD_BYTES,
+    }
+
+
+def available_memory() -> int | None:
+    """Bytes this process may still take: of the machine, or of its control group if that is less. None: unknown."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=None)
+
+
+def refuse_what_cannot_fit(recipe: Recipe, estimate: dict[str, int]) -> None:
+    """Raises InputError, with both numbers, for a run whose state and gradients exceed the memory there is."""
+    available = available_memory()
+    wanted = estimate["state"] + estimate["gradients"]
+    if recipe.device == "cpu" and available is not None and wanted > available:
+        raise InputError(
+            f"--model: {recipe.model} wants {human(wanted, 'B')} for state and gradients, "
+            f"got {human(available, 'B')} of free memory"
+        )
+
+
+def report(recipe: Recipe, n_params: int, data: str, implementations: dict[str, str], out: Path) -> None:
+    """The start-up report, on stdout."""
+    shape, estimate = recipe.shape, memory_estimate(recipe, n_params)
+    kinds: dict[str, list[str]] = {}
+    for op, name in implementations.items():
+        kinds.setdefault(name, []).append(op)
+    batches = ", then ".join(str(batch) for _, batch in recipe.batch_schedule)
+    rows = {
+        "model": f"{recipe.model}: {shape.n_layer} layers, width {shape.d_model}, {shape.n_head} heads, "
+        f"{shape.seq_len} positions; {n_params:,} parameters",
+        "data": data,
+        "run": f"{recipe.steps:,} steps of {batches} x {recipe.seq_len} tokens, {recipe.micro_batch_size} at once; "
+        f"{human(recipe.tokens)} tokens, {recipe.tokens / n_params:.3g} per parameter",
+        "recipe": f"AdamW, peak lr {recipe.lr:g}, {recipe.decay} decay to {recipe.lr * recipe.min_lr_ratio:g}, "
+        f"{human(recipe.warmup_tokens)} warm-up tokens, clip {recipe.clip:g}, seed {recipe.seed}",
+        "ops": f"{recipe.device}, {recipe.precision}; "
+        + "; ".join(f"{name}: {', '.join(ops)}" for name, ops in kinds.items()),
+        "memory": ", ".join(f"{name} {human(size, 'B')}" for name, size in estimate.items())
+        + f"; about {human(sum(estimate.values()), 'B')} in all",
+        "out": str(out),
+    }
+    for name, text in rows.items():
+        say(f"{name:8} {text}")
+
+
+def interactive() -> bool:
+    """Whether somebody watches: bars are drawn on a terminal only."""
+    return sys.stderr.isatty()
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+class Live:
+    """The live line: a progress bar on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, steps: int, done: int, flops_per_token: int):
+        self.steps, self.done, self.flops_per_token = steps, done, flops_per_token
+        self.bar = None
+        if interactive():
+            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+            self.bar = tqdm(total=steps, initial=done, bar_format=form, dynamic_ncols=True, file=sys.stderr)
+        self._began = self._said = time.monotonic()
+        self._first = done
+
+    def step(self, row: dict) -> None:
+        """Shows one row of the metrics."""
+        self.done = row["step"]
+        speed = row["tokens_per_second"]
+        text = f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {human(speed)} tokens/s, "
+        text += human(speed * self.flops_per_token, "FLOP/s")
+        if row["grad_norm"] is None:
+            text += ", skipped: its gradient is not finite"
+        held_out = f"step {self.done}: held-out loss {row['val_loss']:.4f}" if "val_loss" in row else None
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(self.done - self.bar.n)
+            if held_out:
+                self.bar.write(held_out)
+            return
+        now = time.monotonic()
+        if held_out or now - self._said >= PLAIN_SECONDS or self.done in (self._first + 1, self.steps):
+            left = (now - self._began) / (self.done - self._first) * (self.steps - self.done)
+            held_out = f", held-out loss {row['val_loss']:.4f}" if held_out else ""
+            say(f"step {self.done}/{self.steps}: {text}, {_clock(left)} left{held_out}")
+            self._said = now
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def show_summary(summary: Summary) -> None:
+    """The end of a run that came to its last step."""
+    say(
+        f"held-out loss {summary.val_loss:.4f} nats a token"
+        + (f", {summary.bits_per_byte:.3f} bits a byte" if summary.bits_per_byte else "")
+        + f"; unigram baseline {summary.unigram_loss:.4f}: {summary.unigram_loss - summary.val_loss:.4f} under it"
+    )
+    if summary.tokens_per_second:
+        say(
+            f"{summary.steps} steps, {human(summary.tokens)} tokens in {_clock(summary.seconds)}: "
+            f"{human(summary.tokens_per_second)} tokens/s, {human(summary.model_flops_per_second, 'FLOP/s')}, "
+            f"peak memory {human(summary.peak_memory_bytes, 'B')}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,74 @@
+"""Held-out loss: mean cross-entropy in nats per token over the first windows of a split, and as bits per byte."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from cgpt.checkpoint import open_trained
+from cgpt.data.loader import Loader, Split, train_val_split
+from cgpt.data.prepare import open_corpus
+from cgpt.data.shards import TokenDataset
+from cgpt.errors import InputError
+from cgpt.metrics import bits_per_byte
+from cgpt.stream.executor import Batch, Executor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """loss: nats per token over `tokens` targets. bits_per_byte: None where the text's bytes are not known."""
+
+    loss: float
+    tokens: int
+    bits_per_byte: float | None
+
+
+def windows_within(loader: Loader, tokens: int | None) -> int:
+    """How many of the loader's windows hold at most `tokens` targets: at least one, all for None."""
+    return loader.n_windows if tokens is None else max(1, min(loader.n_windows, tokens // loader.seq_len))
+
+
+def held_out_loss(executor: Executor, loader: Loader, batch_size: int, max_tokens: int | None = None) -> HeldOut:
+    """Evaluates the first windows of `loader`, `batch_size` at a time; the same windows at every call."""
+    n_windows = windows_within(loader, max_tokens)
+    total = 0.0
+    for start in range(0, n_windows, batch_size):
+        n = min(batch_size, n_windows - start)
+        total += n * executor.loss([to_device(loader.batch(start, n), executor.store.device)])
+    loss, tokens = total / n_windows, n_windows * loader.seq_len
+    return HeldOut(loss, tokens, bits_per_byte(loss, tokens, loader.text_bytes(n_windows)))
+
+
+def to_device(arrays, device: torch.device) -> Batch:
+    """(ids, targets), int64 arrays, as tensors on `device`."""
+    ids, targets = arrays
+    return torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device)
+
+
+def evaluate_run(
+    run: Path, data: str | None, tokens: int | None, batch_size: int, device: str, *, progress: bool = False
+) -> dict:
+    """A trained run's loss: on the held-out split of its own data, on the whole of any other.
+
+    Raises InputError for a run without a whole checkpoint, for bad data, and for counts below 1.
+    """
+    for flag, value in (("--tokens", tokens), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag}: wanted at least 1, got {value}")
+    recipe, identity, _, store = open_trained(run, device)
+    dataset = open_corpus(data or recipe.data, progress=progress)
+    if identity_of(dataset) == identity:
+        split, told = train_val_split(dataset, recipe.seq_len)[1], "held-out split"
+    elif data is None:
+        raise InputError(f"{recipe.data}: wanted the run's data, {identity}, got {identity_of(dataset)}")
+    else:
+        split, told = Split(dataset, "all", "whole", [0], [dataset.n_tokens]), "all of it"
+    found = held_out_loss(Executor(store), Loader(split, recipe.seq_len), batch_size, tokens)
+    return {"data": dataset.name, "split": told, **asdict(found)}
+
+
+def identity_of(dataset: TokenDataset) -> dict:
+    """What tells one corpus from another when a run is resumed or evaluated."""
+    return {"name": dataset.name, "tokens": dataset.n_tokens, "documents": dataset.n_documents}

@@ -1,0 +1,70 @@
+"""Files that are whole or absent at every moment: write to a temporary name, fsync, rename, fsync the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from cgpt.errors import InputError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data`; a crash leaves the old file or the new. Raises OSError naming the file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames in `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file in hexadecimal, as `sha256sum` prints it; streamed."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_signed_json(path: Path, content: dict) -> None:
+    """Writes `content` and the sha256 of its canonical form, atomically."""
+    signed = {**content, "sha256": hashlib.sha256(_canonical(content)).hexdigest()}
+    write_atomically(path, json.dumps(signed, indent=1).encode() + b"\n")
+
+
+def read_signed_json(path: Path) -> dict:
+    """What `write_signed_json` wrote. Raises InputError where the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+        claimed = content.pop("sha256")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: wanted signed JSON, got a damaged file") from error
+    found = hashlib.sha256(_canonical(content)).hexdigest()
+    if found != claimed:
+        raise InputError(f"{path}: wanted content of sha256 {claimed}, got {found}")
+    return content
+
+
+def _canonical(content: dict) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
