@@ -8,6 +8,7 @@ import statistics
 import time
 
 import pytest
+
 from record import device_name, save
 
 ROWS = pytest.StashKey[list]()

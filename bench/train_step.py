@@ -14,6 +14,7 @@ import statistics
 import time
 
 import torch
+
 from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
 from cgpt.model.presets import PRESETS

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from cgpt import checkpoint
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.stream.store import KINDS, build
-from safetensors.torch import load_file
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, d_head=8, d_ff=32, vocab_size=61, seq_len=8)
 

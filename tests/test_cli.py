@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
-import nano
 import numpy as np
 import pytest
 import torch
+
+import nano
 from cgpt import cli, console, train
 from cgpt.data.prepare import prepare
 from cgpt.model import presets

@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+
 from cgpt.metrics import Metrics, Summary, bits_per_byte, human, peak_memory_bytes, read
 
 

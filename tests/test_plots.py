@@ -2,6 +2,7 @@ import struct
 
 import numpy as np
 import pytest
+
 from cgpt.plots import plot_loss, smoothed
 
 

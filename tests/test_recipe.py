@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from cgpt.errors import InputError
 from cgpt.model.presets import PRESETS
 from cgpt.recipe import Recipe, TrainConfig, batch_at, new_folder, resolve, resolve_resumed, resumed_folder

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+
 from cgpt.errors import InputError
 from cgpt.schedule import batch_size, learning_rate, steps_for, tokens_after
 

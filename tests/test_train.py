@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+
 from cgpt import checkpoint, train
 from cgpt.errors import InputError
 from cgpt.metrics import read

@@ -8,8 +8,9 @@ takes a Python float for an fp32.
 import struct
 
 import torch
-import triton
 import triton.language as tl
+
+import triton
 
 BLOCK = 1024
 

@@ -5,6 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+
 from cgpt.data import loader as room
 from cgpt.data.loader import Loader, permutation, train_val_split, unigram_loss
 from cgpt.data.prepare import open_corpus

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from cgpt.data import prepare as room
 from cgpt.data import shards, writer
 from cgpt.data.prepare import open_corpus, prepare

@@ -7,11 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
+
 from cgpt.data import shards
 from cgpt.data.prepare import prepare
 from cgpt.data.shards import TokenDataset, open_dataset
 from cgpt.data.tokenizer import EOT, gpt2
 from cgpt.errors import InputError
+from cgpt.files import write_signed_json
 
 TEXTS = [f"Document {i}: " + "the whale " * (40 * i % 97) for i in range(60)]
 
@@ -122,8 +124,8 @@ def _same_json(left, right):
 
 def test_checksums_are_compared_once_and_again_after_any_change(folder, monkeypatch):
     hashed = []
-    real = shards.file_sha256
-    monkeypatch.setattr(shards, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+    real = shards.sha256_of
+    monkeypatch.setattr(shards, "sha256_of", lambda path: hashed.append(path.name) or real(path))
     open_dataset(folder)
     n_files = len(hashed)
     assert n_files == len(list(folder.glob("shard-*"))) + 1
@@ -147,13 +149,13 @@ def test_checksums_are_compared_once_and_again_after_any_change(folder, monkeypa
 
 def test_metadata_of_another_version_or_vocabulary(folder):
     manifest = shards.read_manifest(folder / "dataset.json")
-    shards.write_manifest(folder / "dataset.json", {**manifest, "version": 2})
+    write_signed_json(folder / "dataset.json", {**manifest, "version": 2})
     refusal(folder, r"dataset\.json: wanted version 1, got 2")
-    shards.write_manifest(folder / "dataset.json", {**manifest, "vocabulary_hash": "f00"})
+    write_signed_json(folder / "dataset.json", {**manifest, "vocabulary_hash": "f00"})
     refusal(folder, r"dataset\.json: wanted vocabulary [0-9a-f]{64}, got f00")
     for damaged in (b"", b"[]", b"{}", b"{", b"\xff"):
         (folder / "dataset.json").write_bytes(damaged)
-        refusal(folder, r"dataset\.json: wanted a dataset's metadata, got damaged JSON")
+        refusal(folder, r"dataset\.json: wanted signed JSON, got a damaged file")
 
 
 def test_missing_and_unfinished(tmp_path, folder):

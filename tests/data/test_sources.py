@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import zstandard
+
 from cgpt.data import sources
 from cgpt.data.sources import find, read
 from cgpt.data.tokenizer import gpt2

@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import regex  # a dependency of tiktoken
+
 from cgpt.data import tokenizer
 from cgpt.data.sources import find, read
 from cgpt.data.tokenizer import EOT, VOCAB_SIZE, bytes_of, gpt2, vocabulary_hash

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from cgpt.errors import InputError
 from cgpt.evaluate.generate import generate, sample
 from cgpt.model.config import GPTConfig

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from cgpt.data.loader import Loader, train_val_split
 from cgpt.data.prepare import open_corpus
 from cgpt.data.tokenizer import bytes_of

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 

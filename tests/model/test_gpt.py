@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT

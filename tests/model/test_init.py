@@ -5,6 +5,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
+
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
 from cgpt.model.init import counter_rng, init_parameter, init_std

@@ -1,6 +1,7 @@
 """Presets against the published table, to the unit."""
 
 import pytest
+
 from cgpt.model.presets import PRESETS
 from cgpt.schedule import DECAYS, batch_size, tokens_after
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from numerics import DTYPES, assert_as_good_as_torch
 
 from cgpt_ext import _native, adamw_, adamw_ref, dispatch, join_master, split_master
+from numerics import DTYPES, assert_as_good_as_torch
 
 SHAPES = [(1,), (7,), (3, 5), (127, 3), (2, 3, 64), (32769,)]  # the last is one past a chunk
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DTYPES, assert_as_good_as_torch, compare, run
 
 from cgpt_ext import _native, attention, attention_qkv, attention_ref, dispatch
 from cgpt_ext.nn import CausalSelfAttention
+from numerics import DTYPES, assert_as_good_as_torch, compare, run
 
 # B, Tq, Tk, H, Hkv, D. Blocks are 96 queries by 64 keys, tiles 6 or 4 rows, vectors 16, 8 or 4 lanes.
 SHAPES = [

@@ -4,10 +4,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DTYPES, TINY, assert_as_good_as_torch, error, run
 
 from cgpt_ext import cross_entropy, cross_entropy_ref, dispatch
 from cgpt_ext.nn import LinearCrossEntropyLoss
+from numerics import DTYPES, TINY, assert_as_good_as_torch, error, run
 
 # (tokens, D, V): 1, primes, tails of every vector length, T % 128 == 64, a vocabulary of several slabs' tails
 SHAPES = [(1, 1, 1), (3, 5, 2), (13, 7, 101), (64, 48, 127), (192, 32, 1027), (5, 64, 4099)]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_good_as_torch
 
 from cgpt_ext import _native
+from numerics import assert_as_good_as_torch
 
 
 def rows(logits, target, dout=None, ignore_index=-100, z_loss=0.0):

@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DTYPES, assert_as_good_as_torch, compare, error, run
 
 from cgpt_ext import _native, embedding, embedding_ref
 from cgpt_ext.nn import Embedding
+from numerics import DTYPES, assert_as_good_as_torch, compare, error, run
 
 # B, T, V, D: 1, primes, no multiple of a vector or block of rows, one token, T % 128 == 64, many tokens of few ids
 SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (3, 1, 11, 64), (2, 64, 300, 24), (1, 192, 3, 127), (5, 61, 5000, 33)]

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DTYPES, compare, error, run
 
 from cgpt_ext import _native, gelu_mlp, gelu_mlp_ref
 from cgpt_ext.nn import GeluMLP
+from numerics import DTYPES, compare, error, run
 
 ACTIVATIONS = ["gelu", "gelu_tanh"]
 # (x's shape, F): 1, primes, no multiple of a vector or of a block of rows, an empty batch, one token, T % 128 == 64

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from numerics import DTYPES, assert_as_good_as_torch
 
 from cgpt_ext import dispatch, grad_norm, grad_norm_ref
 from cgpt_ext.nn import clip_grad_norm_
+from numerics import DTYPES, assert_as_good_as_torch
 
 SHAPES = [(1,), (7,), (3, 5), (64,), (127, 129), (32769,), ()]
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DTYPES, compare, run
 
 from cgpt_ext import layer_norm, layer_norm_ref
 from cgpt_ext.nn import LayerNorm
+from numerics import DTYPES, compare, run
 
 SHAPES = [(1, 1), (3, 5), (2, 3, 64), (7, 127), (5, 768), (257, 40), (1, 4096)]
 

@@ -1,6 +1,7 @@
 """FLOPs per token and per run against the published table."""
 
 import pytest
+
 from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS
 from cgpt.scaling.flops import flops_per_token, matmul_flops_per_token, six_n

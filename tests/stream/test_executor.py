@@ -2,12 +2,13 @@ import copy
 
 import pytest
 import torch
+from toy import DEPTH, Plain, batches, layers
+
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
 from cgpt.stream.executor import Executor
 from cgpt.stream.store import Layer, Store, build
-from toy import DEPTH, Plain, batches, layers
 
 
 def toy(precision="fp32", kind=Store):

@@ -3,12 +3,13 @@ import math
 
 import pytest
 import torch
+from toy import Plain, batches, layers
+
 from cgpt.errors import InputError
 from cgpt.stream import optimizer as room
 from cgpt.stream.executor import Executor, Gradients
 from cgpt.stream.optimizer import FIRST_LOSS_SCALE, AdamW
 from cgpt.stream.store import Store
-from toy import Plain, batches, layers
 
 
 def toy(precision, **options):

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from toy import Plain, layers
+
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
 from cgpt.stream.store import ALIGNMENT, Store, build
-from toy import Plain, layers
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, d_head=8, d_ff=32, vocab_size=61, seq_len=8)
 PRECISIONS = ("bf16", "fp16", "fp32")

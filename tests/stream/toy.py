@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from cgpt.stream.store import Layer
 from torch import nn
+
+from cgpt.stream.store import Layer
 
 VOCAB, WIDTH, DEPTH = 37, 24, 3
 

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
-from numerics import DTYPES, assert_as_good_as_torch
 
 from cgpt_ext import adamw_, adamw_ref, dispatch, split_master
 from cgpt_ext.ops.adamw import _fma
+from numerics import DTYPES, assert_as_good_as_torch
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the NaN that goes in

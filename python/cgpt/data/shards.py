@@ -21,17 +21,16 @@ the places of EOT.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from cgpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_hash
 from cgpt.errors import InputError
+from cgpt.files import read_signed_json, sha256_of, write_atomically
 
 VERSION = 1
 MANIFEST = "dataset.json"
@@ -139,60 +138,9 @@ def open_dataset(
 
 def read_manifest(path: Path) -> dict:
     """The checked content of a `dataset.json` or `unfinished.json`. Raises InputError where it is damaged."""
-    try:
-        manifest = json.loads(path.read_bytes())
-        claimed = manifest.pop("sha256")
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: wanted a dataset's metadata, got damaged JSON ({error!r})") from error
-    expect(path, "sha256 of its content", claimed, hashlib.sha256(_canonical(manifest)).hexdigest())
+    manifest = read_signed_json(path)
     expect(path, "version", VERSION, manifest.get("version"))
     return manifest
-
-
-def write_manifest(path: Path, manifest: dict) -> None:
-    """Write `manifest` and its checksum so that `path` is whole or absent at every moment."""
-    signed = {**manifest, "sha256": hashlib.sha256(_canonical(manifest)).hexdigest()}
-    write_atomically(path, json.dumps(signed, indent=1).encode() + b"\n")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`; a crash leaves the old file or the new. Raises OSError naming the file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with naming(path):
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give an OSError the file's name, which errors of writing do not carry."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in `path` survive a power cut."""
-    with naming(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _canonical(manifest: dict) -> bytes:
-    return json.dumps(manifest, sort_keys=True).encode()
 
 
 def expect(path: Path, what: str, wanted: object, got: object) -> None:
@@ -235,19 +183,10 @@ def _verify(folder: Path, files: dict[str, dict]) -> None:
         if json.loads((folder / STAMP).read_bytes()) == before:
             return
     for name, wanted in files.items():
-        expect(folder / name, "sha256", wanted["sha256"], file_sha256(folder / name))
+        expect(folder / name, "sha256", wanted["sha256"], sha256_of(folder / name))
     if state() == before:
         with contextlib.suppress(OSError):  # read-only folder: the next opening verifies again
             write_atomically(folder / STAMP, json.dumps(before).encode())
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file, streamed."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _open_token_files(path: Path, files: list[Path], vocab_size: int, eot: int) -> TokenDataset:

@@ -24,14 +24,11 @@ from cgpt.data.shards import (
     UNFINISHED,
     VERSION,
     expect,
-    file_sha256,
-    naming,
     read_manifest,
-    sync_folder,
-    write_manifest,
 )
 from cgpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_hash
 from cgpt.errors import InputError
+from cgpt.files import naming, sha256_of, sync_folder, write_signed_json
 
 DTYPE = np.dtype("<u2")  # every GPT-2 id fits
 LOCK = "prepare.lock"
@@ -129,11 +126,11 @@ class ShardWriter:
             "source_fingerprint": self._fingerprint,
             "files": {
                 **self._files,
-                DOCUMENTS: {"bytes": index.stat().st_size, "sha256": file_sha256(index)},
+                DOCUMENTS: {"bytes": index.stat().st_size, "sha256": sha256_of(index)},
             },
         }
         self._close_index()
-        write_manifest(self._out / MANIFEST, manifest)
+        write_signed_json(self._out / MANIFEST, manifest)
         (self._out / UNFINISHED).unlink()
 
     def abandon(self) -> None:
@@ -189,7 +186,7 @@ class ShardWriter:
             "text_bytes": self.text_bytes,
             "files": self._files,
         }
-        write_manifest(self._out / UNFINISHED, state)
+        write_signed_json(self._out / UNFINISHED, state)
 
     def _drop_shard(self) -> None:
         self._close_index()
