@@ -37,7 +37,7 @@ def plot_loss(folder: Path, rows: list[dict], unigram_loss: float | None, title:
         tokens = np.array([row["tokens"] for row in trained])
         losses = np.array([row["loss"] for row in trained])
         axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
-        width = max(1, len(losses) // 25)
+        width = max(1, len(losses) // 60)
         axes.plot(tokens, smoothed(losses, width), color="tab:blue", linewidth=1.8, label="training, smoothed")
     if held_out:
         xs, ys = [row["tokens"] for row in held_out], [row["val_loss"] for row in held_out]
