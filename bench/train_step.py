@@ -15,13 +15,12 @@ import time
 
 import torch
 
-from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
 from cgpt.model.presets import PRESETS
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.stream.executor import Executor
 from cgpt.stream.optimizer import AdamW
-from cgpt.stream.store import Store, layers_of
+from cgpt.stream.store import build
 from cgpt.train import keep_large_buffers
 from record import save
 from twin import TwinTrainer
@@ -30,9 +29,7 @@ from twin import TwinTrainer
 class Ours:
     def __init__(self, config, precision):
         keep_large_buffers()
-        with torch.device("meta"):
-            model = GPT(config)
-        store = Store(layers_of(model), precision)
+        _, store = build(config, precision, "cpu")
         store.initialise(lambda name, tensor: init_parameter(name, tensor, config, seed=0))
         self.executor, self.optimizer = Executor(store), AdamW(store)
 
@@ -114,6 +111,8 @@ def main():
             peak[name] = kilobytes * 1024
             if i >= 2:
                 seconds[name].append(once)
+    for pipe in pipes.values():
+        pipe.send(None)
     tokens = args.batch_size * args.seq_len
     flops = matmul_flops_per_token(config, args.seq_len)
     rows = {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.model.init import init_parameter
-from cgpt_ext.ops import attention, cross_entropy, embedding, gelu_mlp, layer_norm
+from cgpt_ext import attention_qkv, cross_entropy, embedding, gelu_mlp, layer_norm
 
 
 class Table(nn.Module):
@@ -57,7 +57,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention on views of one packed projection."""
+    """Causal multi-head self-attention on one packed projection, whose gradient is written once."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -68,9 +68,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # strided (B, T, H, K), no copy
-        out = attention(q, k, v, causal=True, softmax_scale=self.softmax_scale)
-        return self.c_proj(out.flatten(2))
+        return self.c_proj(attention_qkv(self.c_attn(x), self.n_head, True, self.softmax_scale))
 
 
 class MLP(nn.Module):
