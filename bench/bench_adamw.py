@@ -53,26 +53,28 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-ROWS = {
-    "cgpt_ext fp32": lambda: step_of_ours(None, torch.float32),
-    "torch fused fp32": step_of_torch,
-    "cgpt_ext bf16, fp32 master": lambda: step_of_ours("master", torch.bfloat16),
-    "cgpt_ext bf16, split master": lambda: step_of_ours("split", torch.bfloat16),
-    "cgpt_ext.optim.AdamW": lambda: step_of_optimizer(AdamW),
-    "torch.optim.AdamW(fused)": lambda: step_of_optimizer(torch.optim.AdamW, fused=True),
+OURS = {
+    "fp32": lambda: step_of_ours(None, torch.float32),
+    "bf16-fp32-master": lambda: step_of_ours("master", torch.bfloat16),
+    "bf16-split-master": lambda: step_of_ours("split", torch.bfloat16),
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_adamw(benchmark, threads, row):
-    benchmark.group = f"adamw, {threads} threads"
-    benchmark.pedantic(ROWS[row](), rounds=9, warmup_rounds=2)
+@pytest.mark.benchmark(group="adamw")
+@pytest.mark.parametrize("kept", OURS)
+def test_adamw(versus, threads, kept):
+    versus(OURS[kept](), {"torch fused fp32": step_of_torch()})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("who", ["cgpt_ext", "torch"])
-def test_grad_norm(benchmark, threads, who, dtype):
-    benchmark.group = f"grad_norm {dtype}, {threads} threads"
+@pytest.mark.benchmark(group="adamw")
+def test_optimizer(versus, threads):
+    ours = step_of_optimizer(AdamW)
+    versus(ours, {"torch.optim.AdamW(fused)": step_of_optimizer(torch.optim.AdamW, fused=True)})
+
+
+@pytest.mark.benchmark(group="grad_norm")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_grad_norm(versus, threads, dtype):
     grads = random(dtype)
-    function = grad_norm if who == "cgpt_ext" else torch.nn.utils.get_total_norm
-    benchmark.pedantic(lambda: function(grads), rounds=9, warmup_rounds=2)
+    read = sum(g.numel() * g.element_size() for g in grads)
+    versus(lambda: grad_norm(grads), {"torch": lambda: torch.nn.utils.get_total_norm(grads)}, bytes=read)

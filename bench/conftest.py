@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from cgpt.train import keep_large_buffers
 from record import device_name, save
 
 ROWS = pytest.StashKey[list]()
@@ -20,6 +21,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    keep_large_buffers()
 
 
 @pytest.fixture

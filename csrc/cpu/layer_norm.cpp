@@ -7,10 +7,10 @@
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh
 //   dweight = sum over rows of dout * xhat,  dbias = sum over rows of dout
 //
-// Four rows go together: their sums are independent chains of additions, and weight, dweight and dbias pass through
-// registers once for the four. The rows stay in the first-level cache from pass to pass. dweight and dbias are summed
-// per block of rows, then over the blocks in order: the blocks depend on the shape alone, so the bits do not depend on
-// the thread count, nor, as each row's own arithmetic is the same in a tile of four or of one, on the tiling.
+// Rows are read and written one after the other, which is what the hardware prefetches; each sum is four independent
+// chains of additions. Only dweight and dbias take four rows at once, when those are in the first-level cache, so that
+// they pass through registers once for the four. They are summed per block of rows, then over the blocks in order: the
+// blocks depend on the shape alone, so the bits do not depend on the thread count.
 #include "../layer_norm.h"
 
 #include <algorithm>
@@ -22,7 +22,7 @@
 namespace cgpt::CGPT_ISA {
 namespace {
 
-constexpr int kTile = 4;
+constexpr int64_t kTile = 4;  // rows whose dweight and dbias go together
 
 template <class T>
 const T* row_of(const void* base, int64_t row, int64_t D) {
@@ -33,146 +33,138 @@ T* row_of(void* base, int64_t row, int64_t D) {
     return static_cast<T*>(base) + row * D;
 }
 
-template <class T, class P, int R>
-void forward_tile(const LayerNormFwdArgs& a, int64_t row) {
+// weight and bias (D) in fp32, so that 16-bit ones are widened once for many rows.
+std::vector<float> in_fp32(const void* values, DType dtype, int64_t D) {
+    std::vector<float> wide(D);
+    if (values)
+        CGPT_WITH_FLOAT_TYPE(dtype, P, for_lanes(D, [&](int64_t i, auto n) {
+                                 put(wide.data() + i, get(static_cast<const P*>(values) + i, n), n);
+                             }))
+    return wide;
+}
+
+template <class T>
+void forward_row(const LayerNormFwdArgs& a, int64_t row, const float* weight, const float* bias) {
     const int64_t D = a.cols;
-    const T* h[R];
-    float mean[R], rstd[R];
-    vf sum[R] = {};
-    for (int r = 0; r < R; ++r) h[r] = row_of<T>(a.residual ? a.h : a.x, row + r, D);
-    for_lanes(D, [&](int64_t i, auto n) {
-        for (int r = 0; r < R; ++r) {
-            if (a.residual) {  // what is stored is what gets normalised: the backward pass sees only that
-                vf v = get(row_of<T>(a.x, row + r, D) + i, n) + get(row_of<T>(a.residual, row + r, D) + i, n);
-                put(row_of<T>(a.h, row + r, D) + i, v, n);
-            }
-            sum[r] += get(h[r] + i, n);
-        }
-    });
-    for (int r = 0; r < R; ++r) mean[r] = hsum(sum[r]) / D;
-    vf squares[R] = {}, rest[R] = {};
-    for_lanes(D, [&](int64_t i, auto n) {
-        for (int r = 0; r < R; ++r) {
-            vf centred = keep_n(get(h[r] + i, n) - mean[r], n);
-            squares[r] = madd(centred, centred, squares[r]);
-            rest[r] += centred;
-        }
-    });
-    for (int r = 0; r < R; ++r) {
-        // What rounding left in the mean of a large offset is the mean of the centred row.
-        const float delta = hsum(rest[r]) / D;
-        mean[r] += delta;
-        rstd[r] = 1.0f / std::sqrt(std::fmax(hsum(squares[r]) / D - delta * delta, 0.0f) + a.eps);
-        if (a.mean) {
-            a.mean[row + r] = mean[r];
-            a.rstd[row + r] = rstd[r];
-        }
+    const T* h = row_of<T>(a.residual ? a.h : a.x, row, D);
+    if (a.residual) {  // what is stored is what gets normalised: the backward pass sees only that
+        const T *x = row_of<T>(a.x, row, D), *residual = row_of<T>(a.residual, row, D);
+        T* sum = row_of<T>(a.h, row, D);
+        for_lanes(D, [&](int64_t i, auto n) { put(sum + i, get(x + i, n) + get(residual + i, n), n); });
     }
-    const P* weight = static_cast<const P*>(a.weight);
-    const P* bias = static_cast<const P*>(a.bias);
+    vf sum[4] = {};
+    for_lanes4(D, [&](int64_t i, auto n, auto k) { sum[k] += get(h + i, n); });
+    const float first = hsum4(sum) / D;
+    vf squares[4] = {}, rest[4] = {};
+    for_lanes4(D, [&](int64_t i, auto n, auto k) {
+        const vf centred = keep_n(get(h + i, n) - first, n);
+        squares[k] = madd(centred, centred, squares[k]);
+        rest[k] += centred;
+    });
+    // What rounding left in the mean of a large offset is the mean of the centred row.
+    const float delta = hsum4(rest) / D, mean = first + delta;
+    const float rstd = 1.0f / std::sqrt(std::fmax(hsum4(squares) / D - delta * delta, 0.0f) + a.eps);
+    if (a.mean) {
+        a.mean[row] = mean;
+        a.rstd[row] = rstd;
+    }
+    T* y = row_of<T>(a.y, row, D);
     for_lanes(D, [&](int64_t i, auto n) {
-        const vf w = get(weight + i, n), b = bias ? get(bias + i, n) : vf{};
-        for (int r = 0; r < R; ++r)
-            put(row_of<T>(a.y, row + r, D) + i, madd((get(h[r] + i, n) - mean[r]) * rstd[r], w, b), n);
+        put(y + i, madd((get(h + i, n) - mean) * rstd, get(weight + i, n), get(bias + i, n)), n);
     });
 }
 
-template <class T, class P>
-void forward_rows(const LayerNormFwdArgs& a, int64_t begin, int64_t end) {
-    for (; begin + kTile <= end; begin += kTile) forward_tile<T, P, kTile>(a, begin);
-    for (; begin < end; ++begin) forward_tile<T, P, 1>(a, begin);
+template <class T, class N>
+CGPT_INLINE vf xhat(const LayerNormBwdArgs& a, int64_t row, int64_t i, N n) {
+    return (get(row_of<T>(a.h, row, a.cols) + i, n) - a.mean[row]) * a.rstd[row];
 }
 
-template <class T, class P, int R>
-void backward_tile(const LayerNormBwdArgs& a, int64_t row, float* dweight, float* dbias) {
+template <class T>
+void backward_row(const LayerNormBwdArgs& a, int64_t row, const float* weight) {
     const int64_t D = a.cols;
-    const P* weight = static_cast<const P*>(a.weight);
-    const T *dout[R], *h[R];
-    float mean_g[R], mean_gx[R];
-    vf sum_g[R] = {}, sum_gx[R] = {};
-    for (int r = 0; r < R; ++r) {
-        dout[r] = row_of<T>(a.dout, row + r, D);
-        h[r] = row_of<T>(a.h, row + r, D);
-    }
-    const auto xhat = [&](int r, int64_t i, auto n) { return (get(h[r] + i, n) - a.mean[row + r]) * a.rstd[row + r]; };
+    const T* dout = row_of<T>(a.dout, row, D);
+    vf sum_g[4] = {}, sum_gx[4] = {};
+    for_lanes4(D, [&](int64_t i, auto n, auto k) {  // beyond the row's end dout is 0, and every term with it
+        const vf g = get(dout + i, n) * get(weight + i, n);
+        sum_g[k] += g;
+        sum_gx[k] = madd(g, xhat<T>(a, row, i, n), sum_gx[k]);
+    });
+    const float mean_g = hsum4(sum_g) / D, mean_gx = hsum4(sum_gx) / D;
+    const T* dh = a.dh ? row_of<T>(a.dh, row, D) : nullptr;
+    T* dx = row_of<T>(a.dx, row, D);
     for_lanes(D, [&](int64_t i, auto n) {
-        const vf w = get(weight + i, n);
+        const vf g = get(dout + i, n) * get(weight + i, n);
+        vf d = (g - mean_g - xhat<T>(a, row, i, n) * mean_gx) * a.rstd[row];
+        if (dh) d += get(dh + i, n);
+        put(dx + i, d, n);
+    });
+}
+
+// Adds R rows to dweight and dbias (D).
+template <class T, int R>
+void add_rows(const LayerNormBwdArgs& a, int64_t row, float* dweight, float* dbias) {
+    const int64_t D = a.cols;
+    for_lanes(D, [&](int64_t i, auto n) {
         vf dw = get(dweight + i, n), db = get(dbias + i, n);
-        for (int r = 0; r < R; ++r) {  // beyond the row's end d is 0, and every term with it
-            const vf d = get(dout[r] + i, n), normal = xhat(r, i, n), g = d * w;
-            dw = madd(d, normal, dw);
+        for (int r = 0; r < R; ++r) {
+            const vf d = get(row_of<T>(a.dout, row + r, D) + i, n);
+            dw = madd(d, xhat<T>(a, row + r, i, n), dw);
             db += d;
-            sum_g[r] += g;
-            sum_gx[r] = madd(g, normal, sum_gx[r]);
         }
         put(dweight + i, dw, n);
         put(dbias + i, db, n);
     });
-    for (int r = 0; r < R; ++r) {
-        mean_g[r] = hsum(sum_g[r]) / D;
-        mean_gx[r] = hsum(sum_gx[r]) / D;
-    }
-    for_lanes(D, [&](int64_t i, auto n) {
-        const vf w = get(weight + i, n);
-        for (int r = 0; r < R; ++r) {
-            vf dx = (get(dout[r] + i, n) * w - mean_g[r] - xhat(r, i, n) * mean_gx[r]) * a.rstd[row + r];
-            if (a.dh) dx += get(row_of<T>(a.dh, row + r, D) + i, n);
-            put(row_of<T>(a.dx, row + r, D) + i, dx, n);
-        }
-    });
 }
 
 // Gradients of rows [begin, end); their sums for dweight and dbias go to `partial` (2, D).
-template <class T, class P>
-void backward_rows(const LayerNormBwdArgs& a, int64_t begin, int64_t end, float* partial) {
+template <class T>
+void backward_rows(const LayerNormBwdArgs& a, int64_t begin, int64_t end, const float* weight, float* partial) {
+    float *dweight = partial, *dbias = partial + a.cols;
     std::fill(partial, partial + 2 * a.cols, 0.0f);
-    for (; begin + kTile <= end; begin += kTile) backward_tile<T, P, kTile>(a, begin, partial, partial + a.cols);
-    for (; begin < end; ++begin) backward_tile<T, P, 1>(a, begin, partial, partial + a.cols);
-}
-
-template <class T, class P>
-void backward(const LayerNormBwdArgs& a) {
-    const int64_t D = a.cols;
-    const int64_t grain = std::max<int64_t>(16, (a.rows + 63) / 64);
-    const int64_t blocks = (a.rows + grain - 1) / grain;
-    std::vector<float> partials(blocks * 2 * D);
-    parallel_for(blocks, [&](int64_t b) {
-        backward_rows<T, P>(a, b * grain, std::min(a.rows, (b + 1) * grain), partials.data() + b * 2 * D);
-    });
-    P* dweight = static_cast<P*>(a.dweight);
-    P* dbias = static_cast<P*>(a.dbias);
-    for_lanes(D, [&](int64_t i, auto n) {
-        vf w{}, b{};
-        for (int64_t block = 0; block < blocks; ++block) {
-            w += get(partials.data() + block * 2 * D + i, n);
-            b += get(partials.data() + block * 2 * D + D + i, n);
-        }
-        put(dweight + i, w, n);
-        if (dbias) put(dbias + i, b, n);
-    });
+    for (int64_t row = begin; row < end; row += kTile) {
+        const int64_t last = std::min(end, row + kTile);
+        for (int64_t r = row; r < last; ++r) backward_row<T>(a, r, weight);
+        if (last - row == kTile)
+            add_rows<T, kTile>(a, row, dweight, dbias);
+        else
+            for (int64_t r = row; r < last; ++r) add_rows<T, 1>(a, r, dweight, dbias);
+    }
 }
 
 }  // namespace
 
 void layer_norm_fwd(const LayerNormFwdArgs& a) {
+    const std::vector<float> weight = in_fp32(a.weight, a.weight_dtype, a.cols);
+    const std::vector<float> bias = in_fp32(a.bias, a.weight_dtype, a.cols);
     const int64_t grain = std::max<int64_t>(1, 16384 / a.cols);
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
         parallel_ranges(a.rows, grain, [&](int64_t begin, int64_t end) {
-            if (a.weight_dtype == a.dtype)
-                forward_rows<T, T>(a, begin, end);
-            else
-                forward_rows<T, float>(a, begin, end);
+            for (int64_t row = begin; row < end; ++row) forward_row<T>(a, row, weight.data(), bias.data());
         });
     })
 }
 
 void layer_norm_bwd(const LayerNormBwdArgs& a) {
+    const int64_t D = a.cols;
+    const std::vector<float> weight = in_fp32(a.weight, a.weight_dtype, D);
+    const int64_t grain = std::max<int64_t>(16, (a.rows + 63) / 64);
+    const int64_t blocks = (a.rows + grain - 1) / grain;
+    std::vector<float> partials(blocks * 2 * D);
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
-        if (a.weight_dtype == a.dtype)
-            backward<T, T>(a);
-        else
-            backward<T, float>(a);
+        parallel_for(blocks, [&](int64_t b) {
+            backward_rows<T>(a, b * grain, std::min(a.rows, (b + 1) * grain), weight.data(),
+                             partials.data() + b * 2 * D);
+        });
     })
+    CGPT_WITH_FLOAT_TYPE(a.weight_dtype, P, for_lanes(D, [&](int64_t i, auto n) {
+                             vf dweight{}, dbias{};
+                             for (int64_t block = 0; block < blocks; ++block) {
+                                 dweight += get(partials.data() + block * 2 * D + i, n);
+                                 dbias += get(partials.data() + block * 2 * D + D + i, n);
+                             }
+                             put(static_cast<P*>(a.dweight) + i, dweight, n);
+                             if (a.dbias) put(static_cast<P*>(a.dbias) + i, dbias, n);
+                         }))
 }
 
 }  // namespace cgpt::CGPT_ISA

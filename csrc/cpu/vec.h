@@ -203,6 +203,22 @@ CGPT_INLINE void put(T* p, vf x, int64_t n) {
     store_n(p, x, n);
 }
 
+// The same four steps at a time: body(i, n, k) gets k = 0..3 as a constant, to index four accumulators whose additions
+// do not wait for each other.
+template <class F>
+CGPT_INLINE void for_lanes4(int64_t size, F&& body) {
+    const std::integral_constant<int64_t, W> full;
+    int64_t i = 0;
+    for (; i + 4 * W <= size; i += 4 * W) {
+        body(i, full, std::integral_constant<int, 0>{});
+        body(i + W, full, std::integral_constant<int, 1>{});
+        body(i + 2 * W, full, std::integral_constant<int, 2>{});
+        body(i + 3 * W, full, std::integral_constant<int, 3>{});
+    }
+    for (; i + W <= size; i += W) body(i, full, std::integral_constant<int, 0>{});
+    if (i < size) body(i, size - i, std::integral_constant<int, 0>{});
+}
+
 // x with the lanes from n on set to zero.
 CGPT_INLINE vf keep_n(vf x, std::integral_constant<int64_t, W>) { return x; }
 CGPT_INLINE vf keep_n(vf x, int64_t n) {
@@ -266,6 +282,7 @@ CGPT_INLINE float fold(vf x, Combine combine) {
 CGPT_INLINE float hsum(vf x) {
     return fold(x, [](auto a, auto b) { return a + b; });
 }
+CGPT_INLINE float hsum4(const vf* x) { return hsum((x[0] + x[1]) + (x[2] + x[3])); }
 CGPT_INLINE float hmax(vf x) {
     return fold(x, [](auto a, auto b) { return a > b ? a : b; });
 }
