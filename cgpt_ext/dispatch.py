@@ -14,14 +14,14 @@ from cgpt_ext import _native
 # op -> device type -> (implementation, why)
 TABLE: dict[str, dict[str, tuple[str, str]]] = {
     "adamw": {
-        "cpu": ("native", "runs at memory speed, 1.3 times torch's fused step on two threads of a Zen 4"),
+        "cpu": ("native", "runs at memory speed: 1.0 to 1.1 times torch's fused step on a Zen 4"),
         "cuda": ("native", "one launch for all parameters; torch takes one for every few dozen tensors"),
     },
     "grad_norm": {
         "cpu": ("native", "double sums at memory speed; torch's fp32 sums lose four digits over 96M elements"),
         "cuda": ("reference", "plain torch in double: there is no CUDA kernel yet"),
     },
-    "attention": {"cpu": ("native", "fp32 blocks in cache: forward and backward faster than torch's at bf16 and fp32")},
+    "attention": {"cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions")},
     "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
     "gelu_mlp": {"cpu": ("native", "torch's matrix products; bias, GELU and both bias gradients one pass a direction")},
     "cross_entropy": {
@@ -32,6 +32,9 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
     },
     "layer_norm": {"cpu": ("native", "one pass over memory a direction; torch reads bf16 through fp32 copies")},
 }
+
+# What can be asked for by name where it is more than the kernel of the table and the reference.
+BESIDES: dict[str, tuple[str, ...]] = {"adamw": ("triton",)}
 
 _chosen: ContextVar[dict[str, str] | None] = ContextVar("cgpt_ext_implementation", default=None)
 
@@ -62,8 +65,9 @@ def use(**chosen: str):
     for op, name in chosen.items():
         if op not in TABLE:
             raise ValueError(f"dispatch: op must be one of {', '.join(TABLE)}, got {op}")
-        if name not in ("native", "triton", "reference"):
-            raise ValueError(f"dispatch: {op} must be native, triton or reference, got {name}")
+        known = ("native", *BESIDES.get(op, ()), "reference")
+        if name not in known:
+            raise ValueError(f"dispatch: {op} must be {' or '.join(known)}, got {name}")
     token = _chosen.set({**(_chosen.get() or {}), **chosen})
     try:
         yield
