@@ -122,11 +122,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     try:
-        return run(parse(sys.argv[1:] if argv is None else argv))
+        code = run(parse(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, where a reader that has left can still be told from an error
+        return code
     except InputError as error:
         message = str(error)
     except BrokenPipeError:  # the reader of our output has left: `cgpt info | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- lives to the end, so that the last flush finds it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there at exit
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
