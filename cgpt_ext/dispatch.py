@@ -23,14 +23,14 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
     },
     "attention": {"cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions")},
     "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
-    "gelu_mlp": {"cpu": ("native", "torch's matrix products with fused epilogues; level with torch on a Zen 4, GEMM-bound")},
+    "gelu_mlp": {"cpu": ("native", "torch's matrix products with fused epilogues; level with torch, GEMM-bound")},
     "cross_entropy": {
         "cpu": (
             "native",
             "chunks of tokens, so logits are never whole; 1.1 to 1.3 times torch on a Zen 4, GEMM-bound",
         )
     },
-    "layer_norm": {"cpu": ("native", "rows stay in cache; 1.2 to 1.4 times torch in bf16 and level in fp32 on a Zen 4")},
+    "layer_norm": {"cpu": ("native", "1.2 to 1.4 times torch in bf16 and level in fp32 on a Zen 4")},
 }
 
 # What can be asked for by name where it is more than the kernel of the table and the reference.
