@@ -6,6 +6,7 @@
 
 #include "../adamw.h"
 #include "launch.cuh"
+#include "ptx.cuh"
 #include "vec.cuh"
 
 namespace cgpt {
@@ -92,7 +93,7 @@ struct Split {
 
 template <class Kept, class G>
 __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table) {
-    __shared__ AdamWCoefficients shared;
+    AdamWCoefficients& shared = *shared_memory<AdamWCoefficients>();
     int low = 0, high = table.count;  // the last tensor that starts at this chunk or before it
     while (high - low > 1) {
         const int middle = (low + high) / 2;
@@ -173,8 +174,8 @@ void adamw_cuda(const AdamWArgs& a, int device_id) {
                                             t.step,  t.numel, chunks,    aligned};
             chunks += static_cast<uint32_t>((t.numel + kChunk - 1) / kChunk);
         }
-        launch("adamw", kernel_for(a.weights, kind.dtype, kind.grad_dtype), dim3(chunks), dim3(kThreads), stream,
-               table);
+        launch("adamw", kernel_for(a.weights, kind.dtype, kind.grad_dtype), dim3(chunks), dim3(kThreads),
+               sizeof(AdamWCoefficients), stream, table);
     }
 }
 

@@ -38,11 +38,23 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
+inline int multiprocessors(const char* op, int device_id) {
+    int count = 0;
+    check(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_id));
+    return count;
+}
+
+// shared_bytes: what ptx.cuh's shared_memory() then has.
 template <class... Params, class... Args>
-void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
+void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            const Args&... args) {
+    if (shared_bytes > 48 * 1024)  // more than that is a kernel's own wish
+        check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shared_bytes)));
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     check(op, cudaLaunchKernelEx(&config, kernel, args...));
 }

@@ -5,6 +5,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
+
+#include "../view.h"
 
 namespace cgpt::cuda {
 
@@ -34,6 +37,14 @@ __device__ __forceinline__ bf16 narrow<bf16>(float x) {
 template <>
 __device__ __forceinline__ f16 narrow<f16>(float x) {
     return {__half_as_ushort(__float2half_rn(x))};
+}
+
+// Calls f with a value of the element type: f(float{}), f(bf16{}) or f(f16{}).
+template <class F>
+void with_type(DType dtype, F&& f) {
+    if (dtype == DType::bf16) return f(bf16{});
+    if (dtype == DType::f16) return f(f16{});
+    f(float{});
 }
 
 inline constexpr int kVec = 8;
