@@ -23,7 +23,10 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
     },
     "attention": {"cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions")},
     "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
-    "gelu_mlp": {"cpu": ("native", "torch's matrix products with fused epilogues; level with torch, GEMM-bound")},
+    "gelu_mlp": {
+        "cpu": ("native", "torch's matrix products with fused epilogues; level with torch, GEMM-bound"),
+        "cuda": ("cublas", "torch's matrix products with fused epilogues between, until our GEMM has run on a GPU"),
+    },
     "cross_entropy": {
         "cpu": (
             "native",
@@ -34,7 +37,10 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 # What can be asked for by name where it is more than the kernel of the table and the reference.
-BESIDES: dict[str, tuple[str, ...]] = {"adamw": ("triton",)}
+BESIDES: dict[str, tuple[str, ...]] = {
+    "adamw": ("triton",),
+    "gelu_mlp": ("cublas", "triton"),
+}
 
 _chosen: ContextVar[dict[str, str] | None] = ContextVar("cgpt_ext_implementation", default=None)
 
