@@ -63,7 +63,7 @@ void check_aligned(const char* name, const View& v) {
 
 // An operand of gemm.cuh: `lines` contiguous lines of `length` values, `stride` apart.
 bool lines_fit(int64_t lines, int64_t length, int64_t stride, int64_t step) {
-    return length % 8 == 0 && (step == 1 || length <= 1) && (stride % 8 == 0 || lines <= 1);
+    return length % 8 == 0 && (step == 1 || length <= 1) && (lines <= 1 || (stride % 8 == 0 && stride >= length));
 }
 
 Matrix operand(const char* name, const View& v) {
@@ -192,11 +192,12 @@ void gelu_mlp_product(const View& a, const View& b, const std::optional<View>& b
     fail_device(kOp, a);
 }
 
-void gelu_mlp_linear_fwd(const View& x, const View& w1, const std::optional<View>& b1, const std::optional<View>& pre,
-                         const View& act, const std::string& activation, const std::string& tile) {
+namespace {
+
+GeluMlpLinearFwdArgs check_linear_fwd(const View& x, const View& w1, const std::optional<View>& b1,
+                                      const std::optional<View>& pre, const View& act, const std::string& activation) {
     GeluMlpLinearFwdArgs args = {};
     args.activation = activation_of(activation);
-    args.tile = tile_of(tile);
     args.x = operand("x", x);
     if (!args.x.row_major && x.numel() != 0) fail(kOp, "x", "contiguous in rows", "one that is contiguous in columns");
     args.m = x.size[0];
@@ -216,18 +217,14 @@ void gelu_mlp_linear_fwd(const View& x, const View& w1, const std::optional<View
     args.pre = data_or_null<void>(pre);
     args.act = act.data;
     args.dtype = x.dtype;
-#if defined(CGPT_CUDA)
-    if (x.device == Device::cuda) return gelu_mlp_linear_fwd_cuda(args, x.device_id);
-#endif
-    fail_device(kOp, x);
+    return args;
 }
 
-void gelu_mlp_linear_bwd(const View& dout, const View& w2, const View& pre, const View& dpre,
-                         const std::optional<View>& act, const std::optional<View>& db1,
-                         const std::optional<View>& partials, const std::string& activation, const std::string& tile) {
+GeluMlpLinearBwdArgs check_linear_bwd(const View& dout, const View& w2, const View& pre, const View& dpre,
+                                      const std::optional<View>& act, const std::optional<View>& db1,
+                                      const std::string& activation) {
     GeluMlpLinearBwdArgs args = {};
     args.activation = activation_of(activation);
-    args.tile = tile_of(tile);
     args.dout = operand("dout", dout);
     if (!args.dout.row_major && dout.numel() != 0)
         fail(kOp, "dout", "contiguous in rows", "one that is contiguous in columns");
@@ -241,15 +238,67 @@ void gelu_mlp_linear_bwd(const View& dout, const View& w2, const View& pre, cons
     check_gemm_output("dpre", dpre, dout, args.m, width);
     if (act) check_gemm_output("act", *act, dout, args.m, args.n);
     if (db1) check_bias("db1", *db1, dout, width);
-    args.partials = check_partials(partials, dout, args.m, width, db1.has_value());
-    if (partials && db1) check_aligned("partials", *partials);
     args.pre = pre.data;
     args.dpre = dpre.data;
     args.act = data_or_null<void>(act);
     args.db1 = data_or_null<void>(db1);
     args.dtype = dout.dtype;
+    return args;
+}
+
+}  // namespace
+
+void gelu_mlp_linear_fwd(const View& x, const View& w1, const std::optional<View>& b1, const std::optional<View>& pre,
+                         const View& act, const std::string& activation, const std::string& tile) {
+    [[maybe_unused]] GeluMlpLinearFwdArgs args = check_linear_fwd(x, w1, b1, pre, act, activation);
+    args.tile = tile_of(tile);
+#if defined(CGPT_CUDA)
+    if (x.device == Device::cuda) return gelu_mlp_linear_fwd_cuda(args, x.device_id);
+#endif
+    fail_device(kOp, x);
+}
+
+void gelu_mlp_linear_bwd(const View& dout, const View& w2, const View& pre, const View& dpre,
+                         const std::optional<View>& act, const std::optional<View>& db1,
+                         const std::optional<View>& partials, const std::string& activation, const std::string& tile) {
+    GeluMlpLinearBwdArgs args = check_linear_bwd(dout, w2, pre, dpre, act, db1, activation);
+    args.tile = tile_of(tile);
+    args.partials = check_partials(partials, dout, args.m, width_of(args.activation, args.n), db1.has_value());
+    if (args.partials) check_aligned("partials", *partials);
 #if defined(CGPT_CUDA)
     if (dout.device == Device::cuda) return gelu_mlp_linear_bwd_cuda(args, dout.device_id);
+#endif
+    fail_device(kOp, dout);
+}
+
+namespace {
+
+LtWorkspace check_workspace(const View& workspace, const View& like, const std::string& library) {
+    Arg(kOp, "workspace", workspace).on(like).ndim(1).contiguous();
+    check_aligned("workspace", workspace);
+    return {workspace.data, workspace.numel(), library};
+}
+
+}  // namespace
+
+void gelu_mlp_cublaslt_fwd(const View& x, const View& w1, const std::optional<View>& b1, const std::optional<View>& pre,
+                           const View& act, const View& workspace, const std::string& library) {
+    [[maybe_unused]] const GeluMlpLinearFwdArgs args = check_linear_fwd(x, w1, b1, pre, act, "gelu_tanh");
+    [[maybe_unused]] const LtWorkspace lt = check_workspace(workspace, x, library);
+#if defined(CGPT_CUDA)
+    if (x.device == Device::cuda) return gelu_mlp_cublaslt_fwd_cuda(args, lt, x.device_id);
+#endif
+    fail_device(kOp, x);
+}
+
+void gelu_mlp_cublaslt_bwd(const View& dout, const View& w2, const View& pre, const View& dpre,
+                           const std::optional<View>& db1, const View& workspace, const std::string& library) {
+    [[maybe_unused]] const GeluMlpLinearBwdArgs args =
+        check_linear_bwd(dout, w2, pre, dpre, std::nullopt, db1, "gelu_tanh");
+    [[maybe_unused]] const LtWorkspace lt = check_workspace(workspace, dout, library);
+    if (dout.size[0] == 0) fail(kOp, "dout", "non-empty for cublaslt", shape_of(dout));
+#if defined(CGPT_CUDA)
+    if (dout.device == Device::cuda) return gelu_mlp_cublaslt_bwd_cuda(args, lt, dout.device_id);
 #endif
     fail_device(kOp, dout);
 }

@@ -85,6 +85,13 @@ struct GeluMlpLinearBwdArgs {
     GemmTileChoice tile;
 };
 
+// What cuBLASLt is given besides: memory to work in, and where its library is should torch not have loaded one.
+struct LtWorkspace {
+    void* data;
+    int64_t bytes;
+    std::string library;
+};
+
 // The border before the first matrix product: what gelu_mlp's own arguments must be.
 void gelu_mlp_check(const View& x, const View& w1, const std::optional<View>& b1, const View& w2,
                     const std::optional<View>& b2, const std::string& activation);
@@ -107,6 +114,13 @@ void gelu_mlp_linear_bwd(const View& dout, const View& w2, const View& pre, cons
                          const std::optional<View>& act, const std::optional<View>& db1,
                          const std::optional<View>& partials, const std::string& activation, const std::string& tile);
 
+// The same with cuBLASLt's epilogues, "gelu_tanh" alone. `workspace` is of bytes.
+void gelu_mlp_cublaslt_fwd(const View& x, const View& w1, const std::optional<View>& b1, const std::optional<View>& pre,
+                           const View& act, const View& workspace, const std::string& library);
+
+void gelu_mlp_cublaslt_bwd(const View& dout, const View& w2, const View& pre, const View& dpre,
+                           const std::optional<View>& db1, const View& workspace, const std::string& library);
+
 #if defined(CGPT_CUDA)
 void gelu_mlp_fwd_cuda(const GeluMlpFwdArgs& args, int device_id);
 void gelu_mlp_bwd_cuda(const GeluMlpBwdArgs& args, int device_id);
@@ -114,6 +128,8 @@ void gelu_mlp_bias_grad_cuda(const GeluMlpBiasGradArgs& args, int device_id);
 void gelu_mlp_product_cuda(const GeluMlpProductArgs& args, int device_id);
 void gelu_mlp_linear_fwd_cuda(const GeluMlpLinearFwdArgs& args, int device_id);
 void gelu_mlp_linear_bwd_cuda(const GeluMlpLinearBwdArgs& args, int device_id);
+void gelu_mlp_cublaslt_fwd_cuda(const GeluMlpLinearFwdArgs& args, const LtWorkspace& lt, int device_id);
+void gelu_mlp_cublaslt_bwd_cuda(const GeluMlpLinearBwdArgs& args, const LtWorkspace& lt, int device_id);
 #endif
 
 }  // namespace cgpt
