@@ -142,18 +142,24 @@ def _lse(q, save_lse):
     return q.new_empty((B, H, T), dtype=torch.float32)
 
 
+def _unmasked(causal, scale):
+    return -1, 0 if causal else -1, scale, None, None, None, 0, 0
+
+
 def _launch_fwd(q, k, v, causal, scale, save_lse):
     implementation("attention", q.device.type)
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = _lse(q, save_lse)
-    _native.attention_fwd(q, k, v, causal, scale, out, lse if save_lse else None)
+    _native.attention_fwd(q, k, v, *_unmasked(causal, scale), out, lse if save_lse else None)
     return out, lse
 
 
 def _launch_bwd(dout, q, k, v, out, lse, causal, scale):
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    _native.attention_bwd(_rows(dout), _rows(q), _rows(k), _rows(v), out, lse, causal, scale, dq, dk, dv)
+    _native.attention_bwd(
+        _rows(dout), _rows(q), _rows(k), _rows(v), out, lse, *_unmasked(causal, scale), None, dq, dk, dv
+    )
     return dq, dk, dv
 
 
@@ -166,7 +172,7 @@ def _launch_qkv_bwd(dout, qkv, out, lse, n_head, causal, scale):
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     q, k, v = _heads(_rows(qkv), n_head)
     dout, out = (x.view(q.shape) for x in (_rows(dout), out))
-    _native.attention_bwd(dout, q, k, v, out, lse, causal, scale, *_heads(dqkv, n_head))
+    _native.attention_bwd(dout, q, k, v, out, lse, *_unmasked(causal, scale), None, *_heads(dqkv, n_head))
     return dqkv
 
 

@@ -116,7 +116,7 @@ CGPT_INLINE vf exp_below(vf x) {
 
 // How many keys of the block that starts at `key` query i sees.
 inline int64_t visible(const AttentionShape& s, int64_t i, int64_t key) {
-    const int64_t end = s.causal ? std::min(s.Tk, i + s.Tk - s.Tq + 1) : s.Tk;
+    const int64_t end = s.window_right == 0 ? std::min(s.Tk, i + s.Tk - s.Tq + 1) : s.Tk;
     return std::clamp<int64_t>(end - key, 0, kKeys);
 }
 

@@ -66,7 +66,7 @@ void backward_block(const AttentionShape& s, const Cut& cut, int64_t query, int6
     if (cut.dkv) {
         // Keys [first, ...) are seen by the queries from the one that stands above `first` on.
         const auto seeing = [&](int64_t first, int64_t) {
-            const int64_t start = s.causal ? key + first - (s.Tk - s.Tq) - query : 0;
+            const int64_t start = s.window_right == 0 ? key + first - (s.Tk - s.Tq) - query : 0;
             return Extent{s.D, std::clamp<int64_t>(start, 0, rows), rows};
         };
         const int64_t keys = std::min(kKeys, s.Tk - key);
@@ -166,7 +166,7 @@ void backward_all(const AttentionBwdArgs& a) {
             const int64_t head = task % heads, piece = task / heads;
             const int64_t j0 = key_blocks * piece / key_pieces, j1 = key_blocks * (piece + 1) / key_pieces;
             // The first query that sees key j0 * kKeys.
-            const int64_t sees = s.causal ? std::max<int64_t>(0, j0 * kKeys - (s.Tk - s.Tq)) / kQueries : 0;
+            const int64_t sees = s.window_right == 0 ? std::max<int64_t>(0, j0 * kKeys - (s.Tk - s.Tq)) / kQueries : 0;
             backward<T>(a, head / s.Hkv, head % s.Hkv,
                         {0, group, std::min(sees, query_blocks), query_blocks, j0, j1, false, true});
         } else {

@@ -60,7 +60,7 @@ void forward(const AttentionFwdArgs& a, int64_t b, int64_t h, int64_t begin, int
     const AttentionShape& s = a.shape;
     const int64_t D = s.D, ld = padded(D), hkv = h / (s.H / s.Hkv);
     const int64_t last = std::min(s.Tq, end * kQueries) - 1;
-    const int64_t keys = s.causal ? std::clamp<int64_t>(last + s.Tk - s.Tq + 1, 0, s.Tk) : s.Tk;
+    const int64_t keys = s.window_right == 0 ? std::clamp<int64_t>(last + s.Tk - s.Tq + 1, 0, s.Tk) : s.Tk;
     const int64_t key_blocks = blocks_of(keys, kKeys);
     Scratch scratch(key_blocks * kKeys * (D + ld) + kQueries * (2 * ld + kKeys + W + 3) + kKeys * ld);
     float *kt = scratch.take(key_blocks * kKeys * D), *v = scratch.take(key_blocks * kKeys * ld);
