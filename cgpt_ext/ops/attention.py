@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import direct, register, require_tensors
+from cgpt_ext.ops._torch import register, require_tensors
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
@@ -193,41 +193,25 @@ def _fake_qkv_bwd(dout, qkv, out, lse, n_head, causal, scale):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-_op_fwd = register(
+_fwd = register(
     "attention_fwd(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool save_lse) -> (Tensor out, Tensor lse)",
     _launch_fwd,
     _fake_fwd,
 )
-_op_bwd = register(
+_bwd = register(
     "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv)",
     _launch_bwd,
     _fake_bwd,
 )
-_op_qkv_fwd = register(
+_qkv_fwd = register(
     "attention_qkv_fwd(Tensor qkv, int n_head, bool causal, float scale, bool save_lse) -> (Tensor out, Tensor lse)",
     _launch_qkv_fwd,
     _fake_qkv_fwd,
 )
-_op_qkv_bwd = register(
+_qkv_bwd = register(
     "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, bool causal, float scale)"
     " -> Tensor dqkv",
     _launch_qkv_bwd,
     _fake_qkv_bwd,
 )
-
-
-def _fwd(q, *args):
-    return (_launch_fwd if direct(q) else _op_fwd)(q, *args)
-
-
-def _bwd(dout, *args):
-    return (_launch_bwd if direct(dout) else _op_bwd)(dout, *args)
-
-
-def _qkv_fwd(qkv, *args):
-    return (_launch_qkv_fwd if direct(qkv) else _op_qkv_fwd)(qkv, *args)
-
-
-def _qkv_bwd(dout, *args):
-    return (_launch_qkv_bwd if direct(dout) else _op_qkv_bwd)(dout, *args)
