@@ -36,6 +36,16 @@ def test_unserved_device_is_named():
         dispatch.implementation("layer_norm", "mps")
 
 
+def test_a_dtype_may_have_its_own_row():
+    assert dispatch.implementation("attention", "cuda", torch.bfloat16) == "native"
+    assert dispatch.implementation("attention", "cuda", torch.float32) == "triton"
+    assert dispatch.implementation("attention", "cpu", torch.float32) == "native"
+    with dispatch.use(attention="native"):
+        assert dispatch.implementation("attention", "cuda", torch.float32) == "native"
+    with pytest.raises(ValueError, match="attention: tensors must be on cpu or cuda, got mps"):
+        dispatch.implementation("attention", "mps", torch.float32)
+
+
 def test_cpu_isa_is_scoped_and_refuses_by_name():
     before = _native.cpu_isa()
     with dispatch.cpu_isa("scalar"):

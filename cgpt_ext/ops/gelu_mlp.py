@@ -16,13 +16,16 @@ and act behind it, and its backward, come from one of: `native` (our GEMM with b
 `cublas` (torch's products, native kernels between), `cublaslt` (its own epilogues) and `triton`.
 """
 
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import TABLE, implementation, reference_chosen
-from cgpt_ext.ops._torch import autocast, check_tensors, direct, register, require_tensors
+from cgpt_ext.ops._torch import autocast, check_tensors, register, require_tensors
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 _PARTIAL_ROWS = 32  # csrc/gelu_mlp.h's kPartialRows
@@ -104,20 +107,20 @@ class _GeluMLP(torch.autograd.Function):
 
 
 def _launch_fwd(x, w1, b1, w2, b2, activation, save_pre, chosen):
-    _native.gelu_mlp_check(x, w1, b1, w2, b2, activation)
     way = _way(x, activation, chosen)
+    _native.gelu_mlp_check(x, w1, b1, w2, b2, activation)
     with torch.autocast(x.device.type, enabled=False):
-        pre, act = way.linear_fwd(x.reshape(-1, x.shape[-1]), w1, b1, activation, save_pre)
+        pre, act = way.linear_fwd(_rows(x), w1, b1, activation, save_pre)
         y = way.product(act, w2, b2)
     return y.view(x.shape), pre if save_pre else x.new_empty(0)
 
 
 def _launch_bwd(dout, x, w1, b1, w2, pre, activation, output_mask, chosen):
-    _native.gelu_mlp_check(x, w1, b1, w2, None, activation)
     way = _way(x, activation, chosen)
+    _native.gelu_mlp_check(x, w1, b1, w2, None, activation)
     wants_dx, wants_dw1, wants_db1, wants_dw2, wants_db2 = output_mask
     dx = dw1 = db1 = dw2 = db2 = None
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = _rows(x)
     dout = dout.reshape(x2.shape).contiguous()
     if wants_db2:
         db2 = dout.new_empty(dout.shape[-1])
@@ -205,6 +208,26 @@ class _Gemm:
         return dpre, act
 
 
+class _CublasLt(_Torch):
+    """cuBLASLt's product and epilogue, its tanh GELU alone; torch's products for the rest."""
+
+    @staticmethod
+    def linear_fwd(x, w1, b1, activation, save_pre):
+        pre = x.new_empty(x.shape[0], w1.shape[0]) if save_pre else None
+        act = x.new_empty(x.shape[0], w1.shape[0])
+        _native.gelu_mlp_cublaslt_fwd(x, _lines(w1), b1, pre, act, _workspace(x), _cublaslt_library())
+        return pre, act
+
+    @staticmethod
+    def linear_bwd(dout, w2, b1, pre, db1, activation):
+        if pre.shape[0] == 0:
+            return _Torch.linear_bwd(dout, w2, b1, pre, db1, activation)
+        dpre, act = torch.empty_like(pre), torch.empty_like(pre)
+        _native.gelu_mlp_cublaslt_bwd(dout, _lines(w2), pre, dpre, db1, _workspace(pre), _cublaslt_library())
+        _native.gelu_mlp_fwd(pre, None, act, activation)
+        return dpre, act
+
+
 class _Triton(_Torch):
     """Triton's product with what follows it, torch's products for the rest."""
 
@@ -226,8 +249,8 @@ class _Triton(_Torch):
         return dpre, act
 
 
-_WAYS = {"native": _Gemm, "cublas": _Torch, "triton": _Triton}
-_SERVES = {"triton": ("gelu", "gelu_tanh")}  # the activations of those that do not serve all
+_WAYS = {"native": _Gemm, "cublas": _Torch, "cublaslt": _CublasLt, "triton": _Triton}
+_SERVES = {"cublaslt": ("gelu_tanh",), "triton": ("gelu", "gelu_tanh")}  # the activations of those not serving all
 
 
 def _way(x: Tensor, activation: str, chosen: str):
@@ -256,7 +279,26 @@ def _hidden(pre: Tensor, activation: str) -> Tensor:
 
 def _lines(w: Tensor) -> Tensor:
     """w itself where its rows or its columns are contiguous, a copy where neither are: torch's products do the same."""
-    return w if 1 in w.stride() else w.contiguous()
+    rows, cols = w.stride()
+    return w if (cols == 1 and rows >= w.shape[1]) or (rows == 1 and cols >= w.shape[0]) else w.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (..., D) as (rows, D) with contiguous rows."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _workspace(x: Tensor) -> Tensor:
+    """What NVIDIA advises to give cuBLASLt on Hopper; more than other devices use."""
+    return x.new_empty(32 * 2**20, dtype=torch.uint8)
+
+
+@cache
+def _cublaslt_library() -> str:
+    """The newest libcublasLt installed beside torch, for a torch that has not loaded one; "" where there is none."""
+    found = Path(torch.__file__).parent.parent.glob("nvidia/*/lib/libcublasLt.so.1[123]")
+    return max(map(str, found), key=lambda path: path[-2:], default="")
 
 
 def _fake_fwd(x, w1, b1, w2, b2, activation, save_pre, chosen):
@@ -273,23 +315,15 @@ def _fake_bwd(dout, x, w1, b1, w2, pre, activation, output_mask, chosen):
     return tuple(grad if wanted else x.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
 
 
-_op_fwd = register(
+_fwd = register(
     "gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, bool save_pre,"
     " str chosen) -> (Tensor y, Tensor pre)",
     _launch_fwd,
     _fake_fwd,
 )
-_op_bwd = register(
+_bwd = register(
     "gelu_mlp_bwd(Tensor dout, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor pre, str activation,"
     " bool[5] output_mask, str chosen) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     _launch_bwd,
     _fake_bwd,
 )
-
-
-def _fwd(x, *args):
-    return (_launch_fwd if direct(x) else _op_fwd)(x, *args)
-
-
-def _bwd(dout, *args):
-    return (_launch_bwd if direct(dout) else _op_bwd)(dout, *args)
