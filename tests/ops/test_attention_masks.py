@@ -284,12 +284,13 @@ def test_empty(isa):
 
 def test_slopes_get_no_gradient():
     q, k, v, dout = make(1, 5, 5, 2, 2, 8)
-    for function in (attention, attention_ref):
-        slopes = torch.rand(2, requires_grad=True)
-        q.requires_grad_()
-        function(q, k, v, alibi_slopes=slopes).backward(dout)
-        assert q.grad is not None
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for function in (attention, compiled, attention_ref):
+        slopes, leaf = torch.rand(2, requires_grad=True), q.clone().requires_grad_()
+        function(leaf, k, v, alibi_slopes=slopes).backward(dout)
+        assert leaf.grad is not None
         assert slopes.grad is None
+        assert not function(q, k, v, alibi_slopes=slopes).requires_grad
 
 
 def test_reference_is_softmax_attention():
