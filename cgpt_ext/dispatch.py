@@ -17,7 +17,8 @@ import torch
 
 from cgpt_ext import _native
 
-# op -> device type, or "sm_90" for what one GPU architecture does otherwise -> (implementation, why)
+# op -> "cpu" or "cuda", and where they matter "cuda float32" for a dtype, "cuda sm_90" for an architecture of GPUs
+#    -> (implementation, why). A dtype's row stands before an architecture's, that before the device's.
 TABLE: dict[str, dict[str, tuple[str, str]]] = {
     "adamw": {
         "cpu": ("native", "at memory speed, like torch's fused step: 0.9 to 1.1 times it on a Zen 4"),
@@ -27,7 +28,11 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
         "cpu": ("native", "double sums at memory speed; torch's fp32 sums lose four digits over 96M elements"),
         "cuda": ("reference", "plain torch in double: there is no CUDA kernel yet"),
     },
-    "attention": {"cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions")},
+    "attention": {
+        "cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions"),
+        "cuda": ("native", "tensor cores, bf16 and fp16; not yet run on a GPU"),
+        "cuda float32": ("triton", "products in full fp32; not yet run on a GPU"),
+    },
     "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
     "gelu_mlp": {"cpu": ("native", "torch's matrix products with fused epilogues; level with torch, GEMM-bound")},
     "cross_entropy": {
@@ -40,15 +45,15 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 # What can be asked for by name where it is more than the kernel of the table and the reference.
-BESIDES: dict[str, tuple[str, ...]] = {"adamw": ("triton",)}
+BESIDES: dict[str, tuple[str, ...]] = {"adamw": ("triton",), "attention": ("triton",)}
 
 # What `use` has in force. It is the process's, not the thread's or task's: autograd runs the backward pass of CUDA
 # tensors on a thread of its own, which would see no context variable and take the table's implementation in silence.
 _chosen: dict[str, str] = {}
 
 
-def implementation(op: str, device: str) -> str:
-    """The implementation that serves `op` on tensors of this `torch.device.type`.
+def implementation(op: str, device: str, dtype: torch.dtype | None = None) -> str:
+    """The implementation that serves `op` on tensors of this `torch.device.type` and, where it matters, dtype.
 
     Raises ValueError, naming the devices there are, where there is none.
     """
@@ -57,18 +62,19 @@ def implementation(op: str, device: str) -> str:
         raise ValueError(f"{op}: tensors must be on {' or '.join(devices(op))}, got {device}")
     if op in _chosen:
         return _chosen[op]
-    if device == "cuda" and len(row) > 2:  # more than cpu and cuda
-        return row.get(architecture(), row[device])[0]
-    return row[device][0]
+    if device != "cuda":
+        return row[device][0]
+    name = row.get(f"cuda {architecture()}", row["cuda"])[0]
+    return name if dtype is None else row.get(f"cuda {str(dtype).removeprefix('torch.')}", (name,))[0]
 
 
 def devices(op: str) -> list[str]:
     """The device types that `op` runs on."""
-    return [device for device in TABLE[op] if not device.startswith("sm_")]
+    return [key for key in TABLE[op] if " " not in key]
 
 
 def implementations(op: str, device: str) -> list[str]:
-    """What `use` can choose for `op` on a device, the table's choice first, the reference left out."""
+    """What serves `op` on a device by name, the table's choice first, the reference left out."""
     besides = BESIDES.get(op, ()) if device == "cuda" else ()
     return list(dict.fromkeys([implementation(op, device), TABLE[op][device][0], *besides]))
 

@@ -43,17 +43,20 @@ def test_use_holds_in_the_threads_that_autograd_starts():
     assert dispatch.implementation("adamw", "cuda") == "native"
 
 
-def test_an_architectures_row_stands_before_cudas(monkeypatch):
-    rows = {"cpu": ("native", "why"), "cuda": ("native", "why"), "sm_90": ("triton", "why")}
+def test_the_narrower_row_stands_first(monkeypatch):
+    rows = {key: (name, "why") for key, name in (("cpu", "native"), ("cuda", "native"), ("cuda sm_90", "triton"))}
+    rows["cuda float32"] = ("reference", "why")
     monkeypatch.setitem(dispatch.TABLE, "layer_norm", rows)
     monkeypatch.setitem(dispatch.BESIDES, "layer_norm", ("triton",))
     for here, wanted in (("sm_90", "triton"), ("sm_80", "native"), (None, "native")):
         monkeypatch.setattr(dispatch, "architecture", lambda here=here: here)
         assert dispatch.implementation("layer_norm", "cuda") == wanted
+        assert dispatch.implementation("layer_norm", "cuda", torch.bfloat16) == wanted
+        assert dispatch.implementation("layer_norm", "cuda", torch.float32) == "reference"
         assert dispatch.implementation("layer_norm", "cpu") == "native"
         assert sorted(dispatch.implementations("layer_norm", "cuda")) == ["native", "triton"]
     assert dispatch.implementations("layer_norm", "cpu") == ["native"]
-    assert dispatch.report()["ops"]["layer_norm"]["sm_90"] == {"implementation": "triton", "why": "why"}
+    assert dispatch.report()["ops"]["layer_norm"]["cuda sm_90"] == {"implementation": "triton", "why": "why"}
     with pytest.raises(ValueError, match="layer_norm: tensors must be on cpu or cuda, got mps"):
         dispatch.implementation("layer_norm", "mps")
 
