@@ -74,9 +74,9 @@ def devices(op: str) -> list[str]:
 
 
 def implementations(op: str, device: str) -> list[str]:
-    """What serves `op` on a device by name, the table's choice first, the reference left out."""
+    """What can serve `op` on a device, the table's choice first, the reference left out unless it is that."""
     besides = BESIDES.get(op, ()) if device == "cuda" else ()
-    return list(dict.fromkeys([implementation(op, device), TABLE[op][device][0], *besides]))
+    return list(dict.fromkeys([implementation(op, device), "native", *besides]))
 
 
 @cache

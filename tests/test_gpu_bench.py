@@ -22,7 +22,7 @@ def test_a_dry_run_times_every_op_and_leaves_its_results(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert content["environment"].keys() >= {"device", "torch", "triton", "commit"}
-    assert content["tests"]["found"] > 100
+    assert content["tests"]["found"] > 50
     assert content["parts"].keys() == gpu.PARTS.keys()
     for name, part in content["parts"].items():
         assert part["state"] == "complete", part
@@ -106,3 +106,26 @@ def test_an_implementation_that_fails_is_in_the_table():
     text = gpu.summary({"dry_run": False, "parts": {"adamw": {"rows": [row], "died": "exit code 1"}}})
     assert "triton     failed: out of memory" in text
     assert "adamw: exit code 1" in text
+
+
+PYTEST = """
+tests/gpu/test_values.py::test_values[a-cuda] PASSED     [ 10%]
+tests/gpu/test_values.py::test_values[b-cuda] FAILED     [ 20%]
+tests/gpu/test_values.py::test_values[c-cuda] SKIPPED (needs a CUDA device) [ 20%]
+"""
+XDIST = """
+tests/gpu/test_values.py::test_values[a-cuda]
+tests/gpu/test_values.py::test_values[b-cuda]
+[gw1] [ 10%] PASSED tests/gpu/test_values.py::test_values[a-cuda]
+[gw0] [ 20%] FAILED tests/gpu/test_values.py::test_values[b-cuda]
+[gw0] [ 20%] SKIPPED tests/gpu/test_values.py::test_values[c-cuda]
+=========================== short test summary info ============================
+ERROR tests/test_cli.py - ModuleNotFoundError: No module named 'tyro'
+"""
+
+
+@pytest.mark.parametrize("text", [PYTEST, XDIST])
+def test_reads_what_pytest_said(text):
+    found = gpu.read_results(text)
+    bad = ["tests/gpu/test_values.py::test_values[b-cuda]"] + ["tests/test_cli.py"] * (text is XDIST)
+    assert found == {"found": 3, "passed": 1, "failed": 1, "skipped": 1, "bad": bad}
