@@ -30,11 +30,14 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
             "chunks of tokens, so logits are never whole; 1.1 to 1.3 times torch on a Zen 4, GEMM-bound",
         )
     },
-    "layer_norm": {"cpu": ("native", "1.2 to 1.4 times torch in bf16 and level in fp32 on a Zen 4")},
+    "layer_norm": {
+        "cpu": ("native", "1.2 to 1.4 times torch in bf16 and level in fp32 on a Zen 4"),
+        "cuda": ("native", "one read of each row, both directions; not yet run on a GPU"),
+    },
 }
 
 # What can be asked for by name where it is more than the kernel of the table and the reference.
-BESIDES: dict[str, tuple[str, ...]] = {"adamw": ("triton",)}
+BESIDES: dict[str, tuple[str, ...]] = {"adamw": ("triton",), "layer_norm": ("triton",)}
 
 _chosen: ContextVar[dict[str, str] | None] = ContextVar("cgpt_ext_implementation", default=None)
 

@@ -56,4 +56,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("cross_entropy_add", &cross_entropy_add, nogil);
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
+    m.def("layer_norm_workspace", &layer_norm_workspace, nogil);
 }

@@ -23,8 +23,8 @@ def test_use_is_scoped_and_refuses_what_is_not_there():
     with pytest.raises(TypeError, match="layer_norm: x must be float32"):
         layer_norm(x, weight)
     with (
-        pytest.raises(ValueError, match="layer_norm must be native or reference, got triton"),
-        dispatch.use(layer_norm="triton"),
+        pytest.raises(ValueError, match="grad_norm must be native or reference, got triton"),
+        dispatch.use(grad_norm="triton"),
     ):
         pass
     with pytest.raises(ValueError, match=r"op must be one of .*, got softmax"), dispatch.use(softmax="native"):
@@ -32,7 +32,7 @@ def test_use_is_scoped_and_refuses_what_is_not_there():
 
 
 def test_unserved_device_is_named():
-    with pytest.raises(ValueError, match="layer_norm: tensors must be on cpu, got mps"):
+    with pytest.raises(ValueError, match="layer_norm: tensors must be on cpu or cuda, got mps"):
         dispatch.implementation("layer_norm", "mps")
 
 
