@@ -28,7 +28,8 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
         "cpu": (
             "native",
             "chunks of tokens, so logits are never whole; 1.1 to 1.3 times torch on a Zen 4, GEMM-bound",
-        )
+        ),
+        "cuda": ("native", "torch's matrix products, loss and gradient in one visit between; not yet run on a GPU"),
     },
     "layer_norm": {
         "cpu": ("native", "1.2 to 1.4 times torch in bf16 and level in fp32 on a Zen 4"),

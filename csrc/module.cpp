@@ -53,6 +53,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("gelu_mlp_bias_grad", &gelu_mlp_bias_grad, nogil);
     m.def("cross_entropy_check", &cross_entropy_check, nogil);
     m.def("cross_entropy_rows", &cross_entropy_rows, nogil);
+    m.def("cross_entropy_share", &cross_entropy_share, nogil);
+    m.def("cross_entropy_total", &cross_entropy_total, nogil);
     m.def("cross_entropy_add", &cross_entropy_add, nogil);
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);

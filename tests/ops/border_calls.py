@@ -72,6 +72,14 @@ def cross_entropy_rows():
     return [torch.randn(5, 9), torch.randint(0, 9, (5,)), torch.ones(5), torch.zeros(5), -100, 0.0]
 
 
+def cross_entropy_share():
+    return [torch.randint(0, 9, (5,)), -100, torch.zeros(5)]
+
+
+def cross_entropy_total():
+    return [torch.randn(5), torch.randint(0, 9, (5,)), -100, True, torch.zeros(())]
+
+
 def cross_entropy_add():
     return [torch.randn(5, 9), torch.randn(5, 9).bfloat16(), torch.zeros(5, 9)]
 
@@ -106,6 +114,8 @@ CALLS = {
         cross_entropy_add,
         cross_entropy_check,
         cross_entropy_rows,
+        cross_entropy_share,
+        cross_entropy_total,
         embedding_bwd,
         embedding_fwd,
         gelu_mlp_bias_grad,
