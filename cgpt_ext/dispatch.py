@@ -19,7 +19,7 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
     },
     "grad_norm": {
         "cpu": ("native", "double sums at memory speed; torch's fp32 sums lose four digits over 96M elements"),
-        "cuda": ("reference", "plain torch in double: there is no CUDA kernel yet"),
+        "cuda": ("native", "two launches for all gradients, the CPU's bits; not yet run on a GPU"),
     },
     "attention": {"cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions")},
     "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},

@@ -102,7 +102,11 @@ def join_master():
 
 
 def grad_norm():
-    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(())]
+    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(()), torch.zeros(0, dtype=torch.float64)]
+
+
+def grad_norm_workspace():
+    return [[torch.randn(3, 5), torch.randn(8).bfloat16()]]
 
 
 CALLS = {
@@ -123,6 +127,7 @@ CALLS = {
         gelu_mlp_check,
         gelu_mlp_fwd,
         grad_norm,
+        grad_norm_workspace,
         join_master,
         layer_norm_bwd,
         layer_norm_fwd,
