@@ -22,7 +22,10 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
         "cuda": ("native", "two launches for all gradients, the CPU's bits; not yet run on a GPU"),
     },
     "attention": {"cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions")},
-    "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
+    "embedding": {
+        "cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order"),
+        "cuda": ("native", "one pass; gradients from sorted ids, without atomics; not yet run on a GPU"),
+    },
     "gelu_mlp": {"cpu": ("native", "torch's matrix products with fused epilogues; level with torch, GEMM-bound")},
     "cross_entropy": {
         "cpu": (

@@ -48,6 +48,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("attention_bwd", &attention_bwd, nogil);
     m.def("embedding_fwd", &embedding_fwd, nogil);
     m.def("embedding_bwd", &embedding_bwd, nogil);
+    m.def("embedding_workspace", &embedding_workspace, nogil);
     m.def("gelu_mlp_check", &gelu_mlp_check, nogil);
     m.def("gelu_mlp_fwd", &gelu_mlp_fwd, nogil);
     m.def("gelu_mlp_bwd", &gelu_mlp_bwd, nogil);

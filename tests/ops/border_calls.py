@@ -61,7 +61,20 @@ def embedding_fwd():
 
 
 def embedding_bwd():
-    return [torch.randn(2, 5, 16), torch.randint(0, 9, (2, 5)), torch.zeros(9, 16), torch.zeros(5, 16), -1]
+    return [
+        torch.randn(2, 5, 16),
+        torch.randint(0, 9, (2, 5)),
+        torch.zeros(9, 16),
+        torch.zeros(5, 16),
+        -1,
+        None,
+        None,
+        None,
+    ]
+
+
+def embedding_workspace():
+    return [torch.randint(0, 9, (2, 5))]
 
 
 def cross_entropy_check():
@@ -122,6 +135,7 @@ CALLS = {
         cross_entropy_total,
         embedding_bwd,
         embedding_fwd,
+        embedding_workspace,
         gelu_mlp_bias_grad,
         gelu_mlp_bwd,
         gelu_mlp_check,
