@@ -38,6 +38,10 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
         "cpu": ("native", "1.2 to 1.4 times torch in bf16 and level in fp32 on a Zen 4"),
         "cuda": ("native", "one read of each row, both directions; not yet run on a GPU"),
     },
+    "rotary": {
+        "cpu": ("native", "one pass over strided heads, in fp32"),
+        "cuda": ("native", "one pass over strided heads, in fp32; not yet run on a GPU"),
+    },
 }
 
 # What can be asked for by name where it is more than the kernel of the table and the reference.

@@ -12,6 +12,7 @@
 #include "gelu_mlp.h"
 #include "grad_norm.h"
 #include "layer_norm.h"
+#include "rotary.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("cross_entropy_share", &cross_entropy_share, nogil);
     m.def("cross_entropy_total", &cross_entropy_total, nogil);
     m.def("cross_entropy_add", &cross_entropy_add, nogil);
+    m.def("rotary", &rotary, nogil);
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
     m.def("layer_norm_workspace", &layer_norm_workspace, nogil);

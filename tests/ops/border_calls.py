@@ -106,6 +106,11 @@ def adamw():
     return [high, grads, *states, steps, *scalars, [], lows, torch.tensor(0.5), False]
 
 
+def rotary():
+    x = torch.randn(2, 5, 4, 8)
+    return [x, torch.randn(6, 3), torch.randn(6, 3), torch.zeros_like(x), False, True]
+
+
 def split_master():
     return [torch.randn(3, 5), torch.zeros(3, 5).bfloat16(), torch.zeros(3, 5, dtype=torch.int16)]
 
@@ -146,6 +151,7 @@ CALLS = {
         layer_norm_bwd,
         layer_norm_fwd,
         layer_norm_workspace,
+        rotary,
         split_master,
     )
 }
