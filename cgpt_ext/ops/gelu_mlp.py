@@ -82,8 +82,8 @@ def gelu_mlp_ref(
 
 
 def _chosen(x: Tensor) -> str:
-    """The implementation's name for both passes: autograd's threads do not see `use`. Empty where a graph is traced or
-    the tensors are on no device: the op then finds it when it runs."""
+    """The implementation's name, for both passes: what they save between them is not the same for all. Empty where a
+    graph is traced or the tensors are on no device; the op then looks when it runs."""
     if torch.compiler.is_compiling() or x.device.type not in TABLE["gelu_mlp"]:
         return ""
     return implementation("gelu_mlp", x.device.type)

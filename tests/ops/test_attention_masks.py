@@ -284,12 +284,13 @@ def test_empty(isa):
 
 def test_slopes_get_no_gradient():
     q, k, v, dout = make(1, 5, 5, 2, 2, 8)
-    for function in (attention, attention_ref):
-        slopes = torch.rand(2, requires_grad=True)
-        q.requires_grad_()
-        function(q, k, v, alibi_slopes=slopes).backward(dout)
-        assert q.grad is not None
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for function in (attention, compiled, attention_ref):
+        slopes, leaf = torch.rand(2, requires_grad=True), q.clone().requires_grad_()
+        function(leaf, k, v, alibi_slopes=slopes).backward(dout)
+        assert leaf.grad is not None
         assert slopes.grad is None
+        assert not function(q, k, v, alibi_slopes=slopes).requires_grad
 
 
 def test_reference_is_softmax_attention():
@@ -308,9 +309,8 @@ def test_reference_is_softmax_attention():
 
 def test_reference_gradients():
     q, k, v, _ = (x.double().requires_grad_() for x in make(1, 3, 3, 1, 1, 8))
-    assert torch.autograd.gradcheck(
-        lambda *x: attention_ref(*x, False, 0.3, (1, 0), torch.rand(2) * 0 + 0.5), (q, k, v)
-    )
+    slopes = torch.rand(1)
+    assert torch.autograd.gradcheck(lambda *x: attention_ref(*x, False, 0.3, (1, 0), slopes), (q, k, v))
     q, k, v, _, seqlens = pack([(2, 2), (1, 0)], 1, 1, 8)
     inputs = [x.double().requires_grad_() for x in (q, k, v)]
     assert torch.autograd.gradcheck(lambda *x: attention_varlen_ref(*x, *seqlens, True), inputs)
