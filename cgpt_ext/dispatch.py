@@ -11,7 +11,7 @@ import torch
 
 from cgpt_ext import _native
 
-# op -> device type -> (implementation, why)
+# op -> device type, where it matters followed by a dtype -> (implementation, why)
 TABLE: dict[str, dict[str, tuple[str, str]]] = {
     "adamw": {
         "cpu": ("native", "at memory speed, like torch's fused step: 0.9 to 1.1 times it on a Zen 4"),
@@ -21,7 +21,11 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
         "cpu": ("native", "double sums at memory speed; torch's fp32 sums lose four digits over 96M elements"),
         "cuda": ("reference", "plain torch in double: there is no CUDA kernel yet"),
     },
-    "attention": {"cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions")},
+    "attention": {
+        "cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions"),
+        "cuda": ("native", "tensor cores, bf16 and fp16; not yet run on a GPU"),
+        "cuda float32": ("triton", "products in full fp32; not yet run on a GPU"),
+    },
     "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
     "gelu_mlp": {"cpu": ("native", "torch's matrix products with fused epilogues; level with torch, GEMM-bound")},
     "cross_entropy": {
@@ -34,21 +38,23 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 # What can be asked for by name where it is more than the kernel of the table and the reference.
-BESIDES: dict[str, tuple[str, ...]] = {"adamw": ("triton",)}
+BESIDES: dict[str, tuple[str, ...]] = {"adamw": ("triton",), "attention": ("triton",)}
 
 _chosen: ContextVar[dict[str, str] | None] = ContextVar("cgpt_ext_implementation", default=None)
 
 
-def implementation(op: str, device: str) -> str:
-    """The implementation that serves `op` on tensors of this `torch.device.type`.
+def implementation(op: str, device: str, dtype: torch.dtype | None = None) -> str:
+    """The implementation that serves `op` on tensors of this `torch.device.type` and, where it matters, dtype.
 
     Raises ValueError, naming the devices there are, where there is none.
     """
     row = TABLE[op]
     if device not in row:
-        raise ValueError(f"{op}: tensors must be on {' or '.join(row)}, got {device}")
+        devices = " or ".join(key for key in row if " " not in key)
+        raise ValueError(f"{op}: tensors must be on {devices}, got {device}")
+    name = row.get(f"{device} {str(dtype).removeprefix('torch.')}", row[device])[0]
     chosen = _chosen.get()
-    return row[device][0] if chosen is None else chosen.get(op, row[device][0])
+    return name if chosen is None else chosen.get(op, name)
 
 
 def reference_chosen(op: str) -> bool:

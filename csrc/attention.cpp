@@ -15,29 +15,13 @@ namespace {
 constexpr const char* kOp = "attention";
 constexpr int64_t kMaxHeadDim = 256;
 
-struct Windows {
-    int64_t left, right;
-};
-
-// The arguments that say which keys a query sees and what their scores are.
+// Which keys a query sees and what their scores are.
 struct Options {
-    Windows windows;
+    int64_t window_left, window_right;
     double scale;
     const std::optional<View>&alibi_slopes, &cu_seqlens_q, &cu_seqlens_k;
     int64_t max_seqlen_q, max_seqlen_k;
 };
-
-void check_aligned(const char* name, const View& v) {
-    if (v.device != Device::cuda || v.numel() == 0) return;
-    if (v.dtype == DType::f32)
-        throw TypeError(
-            std::string(kOp) + ": " + name +
-            " must be bfloat16 or float16 for the CUDA kernel (the Triton kernel takes float32), got float32");
-    if (reinterpret_cast<uintptr_t>(v.data) % 16 != 0) fail(kOp, name, "aligned to 16 bytes", "an address that is not");
-    for (int i = 0; i < v.ndim - 1; ++i)
-        if (v.size[i] > 1 && v.stride[i] % 8 != 0)
-            fail(kOp, name, "given with strides that are multiples of 8", std::to_string(v.stride[i]));
-}
 
 void check_like(const char* name, const View& v, const View& like) {
     Arg arg(kOp, name, v);
@@ -47,7 +31,6 @@ void check_like(const char* name, const View& v, const View& like) {
     else
         arg.shape({like.size[0], like.size[1], like.size[2], like.size[3]});
     arg.last_dim_contiguous();
-    check_aligned(name, v);
 }
 
 // On the CPU also what cu_seqlens says; on a GPU that would take a synchronisation, and the kernels clamp.
@@ -95,8 +78,6 @@ AttentionShape check_inputs(const View& q, const View& k, const View& v, const O
     const int64_t Hkv = k.size[heads];
     if (Hkv == 0 ? H != 0 : H % Hkv != 0)
         fail(kOp, "k", "given with a number of heads that divides q's " + std::to_string(H), std::to_string(Hkv));
-    check_aligned("q", q);
-    check_aligned("k", k);
     check_like("v", v, k);
 
     int64_t B = q.size[0];
@@ -128,8 +109,8 @@ AttentionShape check_inputs(const View& q, const View& k, const View& v, const O
             H,
             Hkv,
             D,
-            limit(o.windows.left, Tk),
-            limit(o.windows.right, Tq),
+            limit(o.window_left, Tk),
+            limit(o.window_right, Tq),
             static_cast<float>(o.scale),
             data_or_null<float>(o.alibi_slopes),
             alibi_stride,
@@ -152,30 +133,59 @@ void check_statistic(const char* name, const View& v, const View& q) {
     arg.contiguous();
 }
 
+// What the CUDA kernels ask for beyond that.
+[[maybe_unused]] void check_cuda(std::initializer_list<std::pair<const char*, const View&>> tensors) {
+    for (const auto& [name, v] : tensors) {
+        if (v.dtype == DType::f32)
+            throw TypeError(std::string(kOp) + ": " + name + " must be bfloat16 or float16 for the CUDA kernel" +
+                            " (float32 is Triton's), got float32");
+        if (v.numel() == 0) continue;
+        if (reinterpret_cast<uintptr_t>(v.data) % 16 != 0)
+            fail(kOp, name, "aligned to 16 bytes", "an address that is not");
+        for (int i = 0; i < v.ndim - 1; ++i)
+            if (v.size[i] > 1 && v.stride[i] % 8 != 0)
+                fail(kOp, name, "given with strides that are multiples of 8", std::to_string(v.stride[i]));
+    }
+}
+
 Heads heads(const View& v) {
     if (v.ndim == 3) return {v.data, 0, v.stride[0], v.stride[1]};
     return {v.data, v.stride[0], v.stride[1], v.stride[2]};
 }
 
+AttentionFwdArgs check_fwd(const View& q, const View& k, const View& v, const Options& o, const View& out,
+                           const std::optional<View>& lse) {
+    const AttentionShape shape = check_inputs(q, k, v, o);
+    check_like("out", out, q);
+    if (lse) check_statistic("lse", *lse, q);
+    return {shape, heads(q), heads(k), heads(v), heads(out), data_or_null<float>(lse)};
+}
+
 }  // namespace
+
+void attention_check(const View& q, const View& k, const View& v, int64_t window_left, int64_t window_right,
+                     double softmax_scale, const std::optional<View>& alibi_slopes,
+                     const std::optional<View>& cu_seqlens_q, const std::optional<View>& cu_seqlens_k,
+                     int64_t max_seqlen_q, int64_t max_seqlen_k, const View& out, const std::optional<View>& lse) {
+    check_fwd(q, k, v,
+              {window_left, window_right, softmax_scale, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+               max_seqlen_k},
+              out, lse);
+}
 
 void attention_fwd(const View& q, const View& k, const View& v, int64_t window_left, int64_t window_right,
                    double softmax_scale, const std::optional<View>& alibi_slopes,
                    const std::optional<View>& cu_seqlens_q, const std::optional<View>& cu_seqlens_k,
                    int64_t max_seqlen_q, int64_t max_seqlen_k, const View& out, const std::optional<View>& lse) {
-    const AttentionShape shape = check_inputs(q, k, v,
-                                              {{window_left, window_right},
-                                               softmax_scale,
-                                               alibi_slopes,
-                                               cu_seqlens_q,
-                                               cu_seqlens_k,
-                                               max_seqlen_q,
-                                               max_seqlen_k});
-    check_like("out", out, q);
-    if (lse) check_statistic("lse", *lse, q);
-    const AttentionFwdArgs args = {shape, heads(q), heads(k), heads(v), heads(out), data_or_null<float>(lse)};
+    const AttentionFwdArgs args = check_fwd(q, k, v,
+                                            {window_left, window_right, softmax_scale, alibi_slopes, cu_seqlens_q,
+                                             cu_seqlens_k, max_seqlen_q, max_seqlen_k},
+                                            out, lse);
 #if defined(CGPT_CUDA)
-    if (q.device == Device::cuda) return attention_fwd_cuda(args, q.device_id);
+    if (q.device == Device::cuda) {
+        check_cuda({{"q", q}, {"k", k}, {"v", v}, {"out", out}});
+        return attention_fwd_cuda(args, q.device_id);
+    }
 #endif
     if (q.device != Device::cpu) fail_device(kOp, q);
     attention_fwd_cpu(args);
@@ -185,28 +195,24 @@ void attention_bwd(const View& dout, const View& q, const View& k, const View& v
                    int64_t window_left, int64_t window_right, double softmax_scale,
                    const std::optional<View>& alibi_slopes, const std::optional<View>& cu_seqlens_q,
                    const std::optional<View>& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                   const std::optional<View>& delta, const View& dq, const View& dk, const View& dv) {
+                   const View& delta, const View& dq, const View& dk, const View& dv) {
     const AttentionShape shape = check_inputs(q, k, v,
-                                              {{window_left, window_right},
-                                               softmax_scale,
-                                               alibi_slopes,
-                                               cu_seqlens_q,
-                                               cu_seqlens_k,
-                                               max_seqlen_q,
-                                               max_seqlen_k});
+                                              {window_left, window_right, softmax_scale, alibi_slopes, cu_seqlens_q,
+                                               cu_seqlens_k, max_seqlen_q, max_seqlen_k});
     check_like("dout", dout, q);
     check_like("out", out, q);
     check_statistic("lse", lse, q);
-    if (delta) check_statistic("delta", *delta, q);
-    if (!delta && q.device == Device::cuda) fail(kOp, "delta", "a tensor like lse", "None");
+    check_statistic("delta", delta, q);
     check_like("dq", dq, q);
     check_like("dk", dk, k);
     check_like("dv", dv, k);
-    const AttentionBwdArgs args = {shape,     heads(dout), heads(q),        heads(k),
-                                   heads(v),  heads(out),  lse.as<float>(), data_or_null<float>(delta),
-                                   heads(dq), heads(dk),   heads(dv)};
+    const AttentionBwdArgs args = {shape,           heads(dout),       heads(q),  heads(k),  heads(v), heads(out),
+                                   lse.as<float>(), delta.as<float>(), heads(dq), heads(dk), heads(dv)};
 #if defined(CGPT_CUDA)
-    if (q.device == Device::cuda) return attention_bwd_cuda(args, q.device_id);
+    if (q.device == Device::cuda) {
+        check_cuda({{"dout", dout}, {"q", q}, {"k", k}, {"v", v}, {"out", out}, {"dq", dq}, {"dk", dk}, {"dv", dv}});
+        return attention_bwd_cuda(args, q.device_id);
+    }
 #endif
     if (q.device != Device::cpu) fail_device(kOp, q);
     attention_bwd_cpu(args);

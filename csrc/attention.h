@@ -44,9 +44,15 @@ struct AttentionBwdArgs {
     AttentionShape shape;
     Heads dout, q, k, v, out;
     const float* lse;
-    float* delta;  // scratch like lse, which CUDA needs; null on the CPU
+    float* delta;  // scratch like lse, for the CUDA kernels
     Heads dq, dk, dv;
 };
+
+// attention_fwd's checks alone, for kernels that are not native. It asks for no more than the CPU kernels do.
+void attention_check(const View& q, const View& k, const View& v, int64_t window_left, int64_t window_right,
+                     double softmax_scale, const std::optional<View>& alibi_slopes,
+                     const std::optional<View>& cu_seqlens_q, const std::optional<View>& cu_seqlens_k,
+                     int64_t max_seqlen_q, int64_t max_seqlen_k, const View& out, const std::optional<View>& lse);
 
 void attention_fwd(const View& q, const View& k, const View& v, int64_t window_left, int64_t window_right,
                    double softmax_scale, const std::optional<View>& alibi_slopes,
@@ -57,7 +63,7 @@ void attention_bwd(const View& dout, const View& q, const View& k, const View& v
                    int64_t window_left, int64_t window_right, double softmax_scale,
                    const std::optional<View>& alibi_slopes, const std::optional<View>& cu_seqlens_q,
                    const std::optional<View>& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                   const std::optional<View>& delta, const View& dq, const View& dk, const View& dv);
+                   const View& delta, const View& dq, const View& dk, const View& dv);
 
 #if defined(CGPT_CUDA)
 void attention_fwd_cuda(const AttentionFwdArgs& args, int device_id);

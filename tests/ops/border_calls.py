@@ -29,6 +29,10 @@ def attention_fwd():
     return [q, k, k.clone(), *options, torch.zeros_like(q), torch.zeros(2, 4, 5)]
 
 
+def attention_check():
+    return attention_fwd()
+
+
 def attention_bwd():
     q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
     inputs = [q, q.clone(), k, k.clone(), q.clone(), torch.zeros(2, 4, 5)]
@@ -115,6 +119,7 @@ CALLS = [
         attention_fwd_varlen,
         attention_bwd,
         attention_bwd_varlen,
+        attention_check,
         cross_entropy_add,
         cross_entropy_check,
         cross_entropy_rows,
