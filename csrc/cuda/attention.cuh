@@ -53,12 +53,11 @@ struct Tile {
 // a multiple of 128 bytes.
 template <int D>
 struct LaneAddress {
-    uint32_t own;
-    __device__ __forceinline__ LaneAddress(Shared tile, int row, int chunk)
-        : own(tile.address + static_cast<uint32_t>(Tile<D>::at(row, chunk))) {}
+    Shared own;
+    __device__ __forceinline__ LaneAddress(Shared tile, int row, int chunk) : own(tile + Tile<D>::at(row, chunk)) {}
     __device__ __forceinline__ Shared at(int row, int chunk) const {
         const int low = chunk % Tile<D>::kTurn, rest = chunk - low;
-        return Shared{own ^ static_cast<uint32_t>(low << 4)} + (row * Tile<D>::kRowBytes + (rest << 4));
+        return (own ^ (low << 4)) + (row * Tile<D>::kRowBytes + (rest << 4));
     }
 };
 
