@@ -161,10 +161,10 @@ __device__ __forceinline__ void clear(float (&c)[MT][NT][4]) {
 
 // A warp writes 16 * MT rows x 8 * NT columns of sums, each row times its factor, through its own part of shared
 // memory, so that memory sees 16-byte accesses. `tile`: the rows' first byte there, a multiple of 8 rows into a tile;
-// `column`: where in the row they go; `to`: the first row; `rows`: how many of them there are.
+// `first_chunk`: where in the row they go; `to`: the first row; `rows`: how many of them there are.
 template <class T, int D, int MT, int NT>
 __device__ __forceinline__ void store_rows(const float (&c)[MT][NT][4], const float (&factor)[MT][2],
-                                           unsigned char* tile, T* to, int64_t stride, int column, int rows,
+                                           unsigned char* tile, T* to, int64_t stride, int first_chunk, int rows,
                                            int head_dim) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -173,12 +173,12 @@ __device__ __forceinline__ void store_rows(const float (&c)[MT][NT][4], const fl
         for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                *reinterpret_cast<uint32_t*>(tile + Tile<D>::at(16 * m + 8 * half + g, column / 8 + n) + 4 * t) =
+                *reinterpret_cast<uint32_t*>(tile + Tile<D>::at(16 * m + 8 * half + g, first_chunk + n) + 4 * t) =
                     pack<T>(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]);
     __syncwarp();
 #pragma unroll 4
     for (int i = lane; i < 16 * MT * NT; i += kWarp) {
-        const int row = i / NT, chunk = column / 8 + i % NT;
+        const int row = i / NT, chunk = first_chunk + i % NT;
         if (row < rows && chunk * 8 < head_dim)
             *reinterpret_cast<uint4*>(to + row * stride + chunk * 8) =
                 *reinterpret_cast<const uint4*>(tile + Tile<D>::at(row, chunk));
