@@ -56,6 +56,9 @@ CGPT_EMULATED float exp2_approx(float x) {
     return y < 0x1p-126f ? 0.0f : y;  // a NaN stays one
 }
 
+template <class T>
+CGPT_EMULATED void recompute(Vec<T>&) {}
+
 CGPT_EMULATED void named_barrier(int id, int threads) { emulator::wait_at_barrier(id, threads, CGPT_PC); }
 
 }  // namespace cgpt::cuda
