@@ -9,7 +9,7 @@
 """
 
 from cgpt_ext.ops.adamw import adamw_, adamw_ref, join_master, split_master
-from cgpt_ext.ops.attention import attention, attention_qkv, attention_ref
+from cgpt_ext.ops.attention import attention, attention_qkv, attention_ref, attention_varlen
 from cgpt_ext.ops.cross_entropy import cross_entropy, cross_entropy_ref
 from cgpt_ext.ops.embedding import embedding, embedding_ref
 from cgpt_ext.ops.gelu_mlp import gelu_mlp, gelu_mlp_ref
@@ -23,6 +23,7 @@ __all__ = [
     "attention",
     "attention_qkv",
     "attention_ref",
+    "attention_varlen",
     "cross_entropy",
     "cross_entropy_ref",
     "embedding",

@@ -44,6 +44,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("split_master", &split_master, nogil);
     m.def("join_master", &join_master, nogil);
     m.def("grad_norm", &grad_norm, nogil);
+    m.def("attention_check", &attention_check, nogil);
     m.def("grad_norm_workspace", &grad_norm_workspace, nogil);
     m.def("attention_fwd", &attention_fwd, nogil);
     m.def("attention_bwd", &attention_bwd, nogil);

@@ -258,24 +258,16 @@ def _fake_bwd(dout, x, weight, target, ignore_index, z_loss, vocab_size, chunk_t
     return _gradients_like(x, weight, need_dx, need_dweight, dtype)
 
 
-_op_fwd = register(
+_fwd = register(
     "cross_entropy_fwd(Tensor x, Tensor weight, Tensor target, int ignore_index, float z_loss, str reduction,"
     " SymInt vocab_size, int? chunk_tokens, bool need_dx, bool need_dweight)"
     " -> (Tensor loss, Tensor dx, Tensor dweight)",
     _launch_fwd,
     _fake_fwd,
 )
-_op_bwd = register(
+_bwd = register(
     "cross_entropy_bwd(Tensor dout, Tensor x, Tensor weight, Tensor target, int ignore_index, float z_loss,"
     " SymInt vocab_size, int? chunk_tokens, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)",
     _launch_bwd,
     _fake_bwd,
 )
-
-
-def _fwd(x, *args):
-    return (_launch_fwd if direct(x) else _op_fwd)(x, *args)
-
-
-def _bwd(dout, *args):
-    return (_launch_bwd if direct(dout) else _op_bwd)(dout, *args)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import check_tensors, direct, register, require_tensors
+from cgpt_ext.ops._torch import check_tensors, register, require_tensors
 
 
 def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, padding_idx: int | None = None) -> Tensor:
@@ -108,18 +108,10 @@ def _fake_bwd(dout, ids, vocabulary, positions, padding_idx, output_mask):
     return tuple(dout.new_empty(s if wanted else 0) for s, wanted in zip(shapes, output_mask, strict=True))
 
 
-_op_fwd = register("embedding_fwd(Tensor ids, Tensor wte, Tensor? wpe) -> Tensor", _launch_fwd, _fake_fwd)
-_op_bwd = register(
+_fwd = register("embedding_fwd(Tensor ids, Tensor wte, Tensor? wpe) -> Tensor", _launch_fwd, _fake_fwd)
+_bwd = register(
     "embedding_bwd(Tensor dout, Tensor ids, SymInt vocabulary, SymInt positions, int padding_idx,"
     " bool[2] output_mask) -> (Tensor dwte, Tensor dwpe)",
     _launch_bwd,
     _fake_bwd,
 )
-
-
-def _fwd(ids, wte, wpe):
-    return (_launch_fwd if direct(ids) and direct(wte) else _op_fwd)(ids, wte, wpe)
-
-
-def _bwd(dout, *args):
-    return (_launch_bwd if direct(dout) else _op_bwd)(dout, *args)

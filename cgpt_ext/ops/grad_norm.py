@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation
-from cgpt_ext.ops._torch import direct, register
+from cgpt_ext.ops._torch import register
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -34,7 +34,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     grads = list(grads)
     if not grads:
         return torch.zeros(())
-    return _launch(grads) if direct(grads[0]) else _op(grads)
+    return _norm(grads)
 
 
 def grad_norm_ref(grads: Sequence[Tensor]) -> Tensor:
@@ -62,6 +62,6 @@ def _in_memory_order(grad):
     return grad.permute(sorted(range(grad.dim()), key=grad.stride, reverse=True)).contiguous()
 
 
-_op = register(
+_norm = register(
     "grad_norm(Tensor[] grads) -> Tensor", _launch, lambda grads: grads[0].new_empty((), dtype=torch.float32)
 )

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import check_tensors, direct, register, require_tensors
+from cgpt_ext.ops._torch import check_tensors, register, require_tensors
 
 
 def layer_norm(
@@ -137,23 +137,15 @@ def _fake_bwd(dout, dh, h, weight, mean, rstd, has_bias):
     return dx, torch.empty_like(weight), torch.empty_like(weight) if has_bias else weight.new_empty(0)
 
 
-_op_fwd = register(
+_fwd = register(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, bool save_statistics)"
     " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     _launch_fwd,
     _fake_fwd,
 )
-_op_bwd = register(
+_bwd = register(
     "layer_norm_bwd(Tensor dout, Tensor? dh, Tensor h, Tensor weight, Tensor mean, Tensor rstd, bool has_bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _launch_bwd,
     _fake_bwd,
 )
-
-
-def _fwd(x, *args):
-    return (_launch_fwd if direct(x) else _op_fwd)(x, *args)
-
-
-def _bwd(dout, *args):
-    return (_launch_bwd if direct(dout) else _op_bwd)(dout, *args)
