@@ -57,7 +57,7 @@ def attention_bwd_triton(
     shared = (alibi_slopes, cu_seqlens_q, cu_seqlens_k)
     inputs = (*_strides(dout), *_strides(q), *_strides(k), *_strides(v))
     row_strides, split = _row_strides(lse), split_head_dim(D)
-    sizes = (H, H // max(Hkv, 1), Tq, Tk, *window, scale)
+    group, sizes = H // max(Hkv, 1), (Tq, Tk, *window, scale)
     with on_device_of(q):
         if q.numel():
             tile = attention_bwd.DELTA_ROWS
@@ -65,16 +65,18 @@ def attention_bwd_triton(
                 dout, out, delta, cu_seqlens_q, *_strides(dout), *_strides(out), *row_strides,
                 H, Tq, D, *split, BLOCK_M=tile,
             )  # fmt: skip
-            attention_bwd.TUNED_DQ[shape][lambda meta: (triton.cdiv(Tq, meta["BLOCK_M"]) * B * H,)](
+            attention_bwd.DQ[shape][lambda meta: (triton.cdiv(Tq, meta["BLOCK_M"]) * B * H,)](
                 dout, q, k, v, lse, delta, *shared, dq,
                 *inputs, *_strides(dq), *row_strides, _slope_stride(alibi_slopes),
-                *sizes, bucket(Tk), D, *split, **masks,
+                H, group, *sizes, bucket(Tk), D, *split, **masks,
             )  # fmt: skip
         if k.numel():
-            attention_bwd.TUNED_DKDV[shape][lambda meta: (triton.cdiv(Tk, meta["BLOCK_N"]) * B * Hkv,)](
+            plain = group == 1 and not masks["LEFT"] and alibi_slopes is None
+            dkdv = attention_bwd.PLAIN_DKDV if plain else attention_bwd.DKDV
+            dkdv[shape][lambda meta: (triton.cdiv(Tk, meta["BLOCK_N"]) * B * Hkv,)](
                 dout, q, k, v, lse, delta, *shared, dk, dv,
                 *inputs, *_strides(dk), *_strides(dv), *row_strides, _slope_stride(alibi_slopes),
-                *sizes, bucket(Tq), D, *split, **masks,
+                H, *sizes, bucket(Tq), D, *split, group, **masks,
             )  # fmt: skip
 
 

@@ -64,15 +64,16 @@ def _over_queries(
     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_gt, keys, begin, end,
     Tq, Tk, shift, left, right, scale, slope,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
+    MASK: tl.constexpr, CUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
+    """CUT where rows may lie past the end: they read as zeros, and as probabilities exp(-inf)."""
     FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     for start in tl.range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q0 = load_tile(q_ptr, rows, stride_qt, Tq, 0, D0, D, MASK)
-        dout0 = load_tile(dout_ptr, rows, stride_gt, Tq, 0, D0, D, MASK)
-        if MASK:  # a row past the end: its probabilities are exp(-inf)
+        q0 = load_tile(q_ptr, rows, stride_qt, Tq, 0, D0, D, CUT)
+        dout0 = load_tile(dout_ptr, rows, stride_gt, Tq, 0, D0, D, CUT)
+        if CUT:
             lse = tl.load(lse_ptr + rows, mask=rows < Tq, other=float("inf"))
             delta = tl.load(delta_ptr + rows, mask=rows < Tq, other=0.0)
         else:
@@ -85,8 +86,8 @@ def _over_queries(
         x = dot(k0, tl.trans(q0))
         dp = dot(v0, tl.trans(dout0))
         if D1 > 0:
-            q1 = load_tile(q_ptr, rows, stride_qt, Tq, D0, D1, D, MASK)
-            dout1 = load_tile(dout_ptr, rows, stride_gt, Tq, D0, D1, D, MASK)
+            q1 = load_tile(q_ptr, rows, stride_qt, Tq, D0, D1, D, CUT)
+            dout1 = load_tile(dout_ptr, rows, stride_gt, Tq, D0, D1, D, CUT)
             if FP32:
                 q1 = q1 * scale
             x = dot(k1, tl.trans(q1), x)
@@ -107,21 +108,21 @@ def _over_queries(
     return dk0, dk1, dv0, dv1
 
 
-@triton.jit(do_not_specialize=["H", "group", "Tq", "Tk", "left", "right", "tuning_T"])
+@triton.jit(do_not_specialize=["H", "Tq", "Tk", "left", "right", "tuning_T"])
 def attention_dkdv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, dk_ptr, dv_ptr,
     stride_gb, stride_gt, stride_gh, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
     stride_lb, stride_lh, stride_sb,
-    H, group, Tq, Tk, left, right, scale, tuning_T,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H, Tq, Tk, left, right, scale, tuning_T,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, GROUP: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program BLOCK_N keys of one key head; the first keys, which a causal mask shows to most queries, first."""
     FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     ALIBI: tl.constexpr = slopes_ptr is not None
     tiles = tl.cdiv(Tk, BLOCK_N)
-    Hkv = H // group
+    Hkv = H // GROUP
     first = tl.program_id(0) % tiles * BLOCK_N
     b = tl.program_id(0) // tiles // Hkv
     head = tl.program_id(0) // tiles % Hkv
@@ -129,7 +130,7 @@ def attention_dkdv_kernel(
     start_k, Tk = sequence(cu_k_ptr, b, Tk)
     if first >= Tk:
         return
-    h = head * group
+    h = head * GROUP
     q_ptr += b.to(tl.int64) * stride_qb + start_q * stride_qt + h.to(tl.int64) * stride_qh
     dout_ptr += b.to(tl.int64) * stride_gb + start_q * stride_gt + h.to(tl.int64) * stride_gh
     lse_ptr += b.to(tl.int64) * stride_lb + start_q + h.to(tl.int64) * stride_lh
@@ -156,7 +157,7 @@ def attention_dkdv_kernel(
     shift = Tk - Tq
     last = tl.minimum(first + BLOCK_N, Tk) - 1
     lo, full_lo, full_hi, hi = segments(first, last, -shift, right, left, Tq, RIGHT, LEFT, BLOCK_M)
-    for member in tl.range(0, group):
+    for member in tl.range(0, GROUP):
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes_ptr + b * stride_sb + h + member)
@@ -165,16 +166,21 @@ def attention_dkdv_kernel(
         if RIGHT:
             dk0, dk1, dv0, dv1 = _over_queries(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_gt, keys,
-                lo, full_lo, Tq, Tk, shift, left, right, score_scale, slope, D, D0, D1, BLOCK_M, True, LEFT, RIGHT, ALIBI,
+                lo, full_lo, Tq, Tk, shift, left, right, score_scale, slope,
+                D, D0, D1, BLOCK_M, True, True, LEFT, RIGHT, ALIBI,
             )  # fmt: skip
+        # Without a left side the last rows need no mask, only not to be read past the end.
         dk0, dk1, dv0, dv1 = _over_queries(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_gt, keys,
-            full_lo, full_hi, Tq, Tk, shift, left, right, score_scale, slope, D, D0, D1, BLOCK_M, False, LEFT, RIGHT, ALIBI,
+            full_lo, full_hi if LEFT else hi, Tq, Tk, shift, left, right, score_scale, slope,
+            D, D0, D1, BLOCK_M, False, not LEFT, LEFT, RIGHT, ALIBI,
         )  # fmt: skip
-        dk0, dk1, dv0, dv1 = _over_queries(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_gt, keys,
-            full_hi, hi, Tq, Tk, shift, left, right, score_scale, slope, D, D0, D1, BLOCK_M, True, LEFT, RIGHT, ALIBI,
-        )  # fmt: skip
+        if LEFT:
+            dk0, dk1, dv0, dv1 = _over_queries(
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_gt, keys,
+                full_hi, hi, Tq, Tk, shift, left, right, score_scale, slope,
+                D, D0, D1, BLOCK_M, True, True, LEFT, RIGHT, ALIBI,
+            )  # fmt: skip
         q_ptr += stride_qh
         dout_ptr += stride_gh
         lse_ptr += stride_lh
@@ -294,40 +300,56 @@ def attention_dq_kernel(
         store_tile(dq_ptr, rows, stride_dqt, Tq, narrow(dq1 * scale, dtype), D0, D1, D)
 
 
-# (bytes an element, largest head dim) -> tiles to choose from
-DKDV_CONFIGS = {
+# (bytes an element, largest head dim) -> tiles to choose from. PLAIN: a key head a query head, no left side of the
+# window, no ALiBi; what else there is takes registers, so the others have smaller tiles.
+PLAIN_DKDV_CONFIGS = {
     (2, 64): [
         config(8, 2, BLOCK_M=64, BLOCK_N=128),
-        config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        config(4, 2, BLOCK_M=32, BLOCK_N=128),
-    ],
-    (2, 128): [
-        config(8, 2, BLOCK_M=64, BLOCK_N=128),
         config(8, 2, BLOCK_M=64, BLOCK_N=64),
+        config(8, 2, BLOCK_M=32, BLOCK_N=128),
         config(4, 2, BLOCK_M=32, BLOCK_N=64),
     ],
-    (2, 256): [config(8, 1, BLOCK_M=32, BLOCK_N=64), config(8, 2, BLOCK_M=16, BLOCK_N=64)],
-    (4, 64): [config(8, 1, BLOCK_M=32, BLOCK_N=64), config(4, 1, BLOCK_M=32, BLOCK_N=32)],
+    (2, 128): [
+        config(8, 2, BLOCK_M=64, BLOCK_N=64),
+        config(8, 2, BLOCK_M=32, BLOCK_N=64),
+        config(8, 2, BLOCK_M=16, BLOCK_N=128),
+    ],
+    (2, 256): [config(8, 2, BLOCK_M=16, BLOCK_N=64), config(8, 2, BLOCK_M=16, BLOCK_N=32)],
+    (4, 64): [config(8, 1, BLOCK_M=32, BLOCK_N=64), config(8, 1, BLOCK_M=32, BLOCK_N=32)],
     (4, 128): [config(8, 1, BLOCK_M=32, BLOCK_N=32), config(8, 1, BLOCK_M=16, BLOCK_N=32)],
+    (4, 256): [config(8, 1, BLOCK_M=16, BLOCK_N=16)],
+}
+DKDV_CONFIGS = {
+    (2, 64): [config(8, 2, BLOCK_M=32, BLOCK_N=128), config(4, 2, BLOCK_M=32, BLOCK_N=64)],
+    (2, 128): [config(8, 2, BLOCK_M=32, BLOCK_N=64), config(8, 2, BLOCK_M=16, BLOCK_N=64)],
+    (2, 256): [config(8, 2, BLOCK_M=16, BLOCK_N=32)],
+    (4, 64): [config(8, 1, BLOCK_M=32, BLOCK_N=32)],
+    (4, 128): [config(8, 1, BLOCK_M=16, BLOCK_N=32)],
     (4, 256): [config(8, 1, BLOCK_M=16, BLOCK_N=16)],
 }
 DQ_CONFIGS = {
     (2, 64): [
         config(8, 3, BLOCK_M=128, BLOCK_N=64),
         config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        config(8, 2, BLOCK_M=128, BLOCK_N=32),
     ],
     (2, 128): [
         config(8, 2, BLOCK_M=128, BLOCK_N=64),
         config(8, 2, BLOCK_M=64, BLOCK_N=64),
-        config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        config(8, 2, BLOCK_M=128, BLOCK_N=32),
     ],
-    (2, 256): [config(8, 2, BLOCK_M=64, BLOCK_N=32), config(8, 1, BLOCK_M=64, BLOCK_N=32)],
-    (4, 64): [config(8, 1, BLOCK_M=64, BLOCK_N=32), config(4, 1, BLOCK_M=32, BLOCK_N=32)],
+    (2, 256): [config(8, 2, BLOCK_M=64, BLOCK_N=32), config(8, 2, BLOCK_M=32, BLOCK_N=32)],
+    (4, 64): [config(8, 1, BLOCK_M=64, BLOCK_N=32), config(8, 1, BLOCK_M=32, BLOCK_N=32)],
     (4, 128): [config(8, 1, BLOCK_M=32, BLOCK_N=32), config(8, 1, BLOCK_M=32, BLOCK_N=16)],
     (4, 256): [config(8, 1, BLOCK_M=16, BLOCK_N=16)],
 }
 _KEY = ["tuning_T", "D", "LEFT", "RIGHT"]
 _SMALL = {"BLOCK_M": 32, "BLOCK_N": 32}
-TUNED_DKDV = {row: tuned(attention_dkdv_kernel, configs, _KEY, _SMALL) for row, configs in DKDV_CONFIGS.items()}
-TUNED_DQ = {row: tuned(attention_dq_kernel, configs, _KEY, _SMALL) for row, configs in DQ_CONFIGS.items()}
+
+
+def _tuned(kernel, table):
+    return {row: tuned(kernel, configs, _KEY, _SMALL) for row, configs in table.items()}
+
+
+PLAIN_DKDV, DKDV = _tuned(attention_dkdv_kernel, PLAIN_DKDV_CONFIGS), _tuned(attention_dkdv_kernel, DKDV_CONFIGS)
+DQ = _tuned(attention_dq_kernel, DQ_CONFIGS)
