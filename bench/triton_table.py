@@ -36,6 +36,7 @@ class Case:
     types: dict[str, str]
     constants: dict
     config: triton.Config
+    archs: tuple[str, ...] = tuple(ARCHS)
 
     @property
     def label(self) -> str:
@@ -47,26 +48,29 @@ def attention_cases() -> Iterator[Case]:
     """Causal alone, and with all there is besides: a window, ALiBi, packed sequences, grouped heads."""
     from cgpt_ext.triton import attention_bwd as bwd
     from cgpt_ext.triton import attention_fwd as fwd
-    from cgpt_ext.triton.attention_tiles import split_head_dim
+    from cgpt_ext.triton.attention_tiles import HEAD_DIMS, choices, split_head_dim
 
     kernels = {
-        "attention_fwd": (fwd.attention_fwd_kernel, fwd.CONFIGS, fwd.CONFIGS),
-        "attention_dkdv": (bwd.attention_dkdv_kernel, bwd.PLAIN_DKDV_CONFIGS, bwd.DKDV_CONFIGS),
-        "attention_dq": (bwd.attention_dq_kernel, bwd.DQ_CONFIGS, bwd.DQ_CONFIGS),
+        "attention_fwd": (fwd.attention_fwd_kernel, fwd.CONFIGS),
+        "attention_dkdv": (bwd.attention_dkdv_kernel, bwd.DKDV_CONFIGS),
+        "attention_dq": (bwd.attention_dq_kernel, bwd.DQ_CONFIGS),
     }
     options = ("slopes_ptr", "cu_q_ptr", "cu_k_ptr")
     for dtype, D in [*(("bf16", D) for D in (64, 80, 96, 128, 192, 256)), *(("fp32", D) for D in (64, 128, 256))]:
         D0, D1 = split_head_dim(D)
-        row = (4 if dtype == "fp32" else 2, 64 if D <= 64 else 128 if D <= 128 else 256)
+        row = next(most for most in HEAD_DIMS if D <= most), 4 if dtype == "fp32" else 2
         head_dim = {"D": D, "D0": D0, "D1": D1}
-        for name, (kernel, plain, full) in kernels.items():
+        for name, (kernel, table) in kernels.items():
             types = _types(kernel, dtype, lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32")
-            constants = head_dim | {"LEFT": False, "RIGHT": True, "NEGATIVE": False, "GROUP": 1}
-            for config in plain[row]:
-                yield Case(f"{name} {dtype} d{D} causal", kernel, types, constants | dict.fromkeys(options), config)
             types |= {"slopes_ptr": "*fp32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
-            for config in full[row]:
-                yield Case(f"{name} {dtype} d{D} all", kernel, types, constants | {"LEFT": True, "GROUP": 4}, config)
+            causal = head_dim | {"LEFT": False, "RIGHT": True, "NEGATIVE": False, "GROUP": 1}
+            for arch, number in ARCHS.items():
+                for config in choices(table, *row, False, number):
+                    constants = causal | dict.fromkeys(options)
+                    yield Case(f"{name} {dtype} d{D} causal", kernel, types, constants, config, (arch,))
+                for config in choices(table, *row, True, number):
+                    constants = causal | {"LEFT": True, "GROUP": 4}
+                    yield Case(f"{name} {dtype} d{D} all", kernel, types, constants, config, (arch,))
         kernel = bwd.attention_delta_kernel
         types = _types(kernel, dtype, delta_ptr="*fp32")
         config = triton.Config({"BLOCK_M": bwd.DELTA_ROWS})
@@ -79,12 +83,12 @@ def gelu_mlp_cases() -> Iterator[Case]:
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         for activation, number in m.ACTIVATIONS.items():
             constants = {"ACTIVATION": number, "EVEN_K": True, "stride_xd": 1, "stride_wd": 1, "stride_yd": 1}
-            for config in m.CONFIGS[size]:
+            for config in m.CONFIGS[size, activation == "swiglu"]:
                 kernel = m.gelu_mlp_fwd_kernel
                 yield Case(f"gelu_mlp_fwd {dtype} {activation}", kernel, _types(kernel, dtype), constants, config)
             kernel = m.gelu_mlp_bwd_kernel
             types = _types(kernel, dtype, partial_ptr="*fp32")
-            for config in m.BWD_CONFIGS[size]:
+            for config in m.BWD_CONFIGS[size, activation == "swiglu"]:
                 tile = {"BLOCK_M": m.BWD_ROWS}
                 yield Case(f"gelu_mlp_bwd {dtype} {activation}", kernel, types, constants | tile, config)
     types = _types(m.gelu_mlp_bias_kernel, "bf16", partial_ptr="*fp32")
@@ -186,7 +190,7 @@ def main() -> int:
     for case in cases():
         if arguments.names and not any(name in case.label for name in arguments.names):
             continue
-        for arch in ARCHS:
+        for arch in case.archs:
             row = measure(case, arch)
             print(row["kernel"], row["arch"], row["registers"], row["spills"], row["shared"], flush=True)
     return 0

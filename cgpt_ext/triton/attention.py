@@ -9,7 +9,7 @@ import torch
 import triton
 from cgpt_ext.triton import attention_bwd, attention_fwd
 from cgpt_ext.triton._jit import bucket, on_device_of
-from cgpt_ext.triton.attention_tiles import split_head_dim
+from cgpt_ext.triton.attention_tiles import row_of, split_head_dim
 
 
 def attention_fwd_triton(
@@ -28,14 +28,14 @@ def attention_fwd_triton(
 
     The caller vouches for shapes, dtypes and devices.
     """
-    B, Tq, Tk, shape = _shape(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    B, Tq, Tk = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     if out.numel() == 0:
         return
     H, D = q.shape[-2:]
     window, masks = _window(window_left, window_right, Tq, Tk)
-    kernel = attention_fwd.TUNED[shape]
+    row = row_of(q, masks["LEFT"] or alibi_slopes is not None)
     with on_device_of(q):
-        kernel[lambda meta: (triton.cdiv(Tq, meta["BLOCK_M"]) * B * H,)](
+        attention_fwd.TUNED[row][lambda meta: (triton.cdiv(Tq, meta["BLOCK_M"]) * B * H,)](
             q, k, v, alibi_slopes, cu_seqlens_q, cu_seqlens_k, out, lse,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_row_strides(lse), _slope_stride(alibi_slopes),
             H, H // k.shape[-2], Tq, Tk, *window, scale, bucket(Tk),
@@ -48,7 +48,7 @@ def attention_bwd_triton(
     max_seqlen_q, max_seqlen_k, delta, dq, dk, dv,
 ):  # fmt: skip
     """Fills dq, dk, dv, of any strides with the head dim contiguous; delta is scratch like lse."""
-    B, Tq, Tk, shape = _shape(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    B, Tq, Tk = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     H, D = q.shape[-2:]
     Hkv = k.shape[-2]
     if q.numel() == 0 and k.numel() == 0:
@@ -58,6 +58,7 @@ def attention_bwd_triton(
     inputs = (*_strides(dout), *_strides(q), *_strides(k), *_strides(v))
     row_strides, split = _row_strides(lse), split_head_dim(D)
     group, sizes = H // max(Hkv, 1), (Tq, Tk, *window, scale)
+    row = row_of(q, group > 1 or masks["LEFT"] or alibi_slopes is not None)
     with on_device_of(q):
         if q.numel():
             tile = attention_bwd.DELTA_ROWS
@@ -65,28 +66,24 @@ def attention_bwd_triton(
                 dout, out, delta, cu_seqlens_q, *_strides(dout), *_strides(out), *row_strides,
                 H, Tq, D, *split, BLOCK_M=tile,
             )  # fmt: skip
-            attention_bwd.DQ[shape][lambda meta: (triton.cdiv(Tq, meta["BLOCK_M"]) * B * H,)](
+            attention_bwd.DQ[row][lambda meta: (triton.cdiv(Tq, meta["BLOCK_M"]) * B * H,)](
                 dout, q, k, v, lse, delta, *shared, dq,
                 *inputs, *_strides(dq), *row_strides, _slope_stride(alibi_slopes),
                 H, group, *sizes, bucket(Tk), D, *split, **masks,
             )  # fmt: skip
         if k.numel():
-            plain = group == 1 and not masks["LEFT"] and alibi_slopes is None
-            dkdv = attention_bwd.PLAIN_DKDV if plain else attention_bwd.DKDV
-            dkdv[shape][lambda meta: (triton.cdiv(Tk, meta["BLOCK_N"]) * B * Hkv,)](
+            attention_bwd.DKDV[row][lambda meta: (triton.cdiv(Tk, meta["BLOCK_N"]) * B * Hkv,)](
                 dout, q, k, v, lse, delta, *shared, dk, dv,
                 *inputs, *_strides(dk), *_strides(dv), *row_strides, _slope_stride(alibi_slopes),
                 H, *sizes, bucket(Tq), D, *split, group, **masks,
             )  # fmt: skip
 
 
-def _shape(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
-    """B, Tq, Tk and the row of the tables of configs."""
-    D = q.shape[-1]
-    row = (q.element_size(), 64 if D <= 64 else 128 if D <= 128 else 256)
+def _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
+    """B, Tq, Tk."""
     if cu_seqlens_q is None:
-        return q.shape[0], q.shape[1], k.shape[1], row
-    return cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k, row
+        return q.shape[0], q.shape[1], k.shape[1]
+    return cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k
 
 
 def _window(left, right, Tq, Tk):

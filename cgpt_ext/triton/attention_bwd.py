@@ -14,8 +14,8 @@ Scores are as in attention_fwd.py: x log2(e) in one fma in 16 bits, q scaled fir
 import triton.language as tl
 
 import triton
-from cgpt_ext.triton._jit import LOG2E, config, dot, narrow, tuned
-from cgpt_ext.triton.attention_tiles import load_tile, meets, segments, sequence, store_tile
+from cgpt_ext.triton._jit import LOG2E, config, dot, narrow
+from cgpt_ext.triton.attention_tiles import NEVER, load_tile, meets, segments, sequence, store_tile, tuned_for
 
 DELTA_ROWS = 64
 
@@ -300,56 +300,45 @@ def attention_dq_kernel(
         store_tile(dq_ptr, rows, stride_dqt, Tq, narrow(dq1 * scale, dtype), D0, D1, D)
 
 
-# (bytes an element, largest head dim) -> tiles to choose from. PLAIN: a key head a query head, no left side of the
-# window, no ALiBi; what else there is takes registers, so the others have smaller tiles.
-PLAIN_DKDV_CONFIGS = {
-    (2, 64): [
-        config(8, 2, BLOCK_M=64, BLOCK_N=128),
-        config(8, 2, BLOCK_M=64, BLOCK_N=64),
-        config(8, 2, BLOCK_M=32, BLOCK_N=128),
-        config(4, 2, BLOCK_M=32, BLOCK_N=64),
-    ],
-    (2, 128): [
-        config(8, 2, BLOCK_M=64, BLOCK_N=64),
-        config(8, 2, BLOCK_M=32, BLOCK_N=64),
-        config(8, 2, BLOCK_M=16, BLOCK_N=128),
-    ],
-    (2, 256): [config(8, 2, BLOCK_M=16, BLOCK_N=64), config(8, 2, BLOCK_M=16, BLOCK_N=32)],
-    (4, 64): [config(8, 1, BLOCK_M=32, BLOCK_N=64), config(8, 1, BLOCK_M=32, BLOCK_N=32)],
-    (4, 128): [config(8, 1, BLOCK_M=32, BLOCK_N=32), config(8, 1, BLOCK_M=16, BLOCK_N=32)],
-    (4, 256): [config(8, 1, BLOCK_M=16, BLOCK_N=16)],
-}
-DKDV_CONFIGS = {
-    (2, 64): [config(8, 2, BLOCK_M=32, BLOCK_N=128), config(4, 2, BLOCK_M=32, BLOCK_N=64)],
-    (2, 128): [config(8, 2, BLOCK_M=32, BLOCK_N=64), config(8, 2, BLOCK_M=16, BLOCK_N=64)],
-    (2, 256): [config(8, 2, BLOCK_M=16, BLOCK_N=32)],
-    (4, 64): [config(8, 1, BLOCK_M=32, BLOCK_N=32)],
-    (4, 128): [config(8, 1, BLOCK_M=16, BLOCK_N=32)],
-    (4, 256): [config(8, 1, BLOCK_M=16, BLOCK_N=16)],
-}
-DQ_CONFIGS = {
-    (2, 64): [
-        config(8, 3, BLOCK_M=128, BLOCK_N=64),
-        config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        config(8, 2, BLOCK_M=128, BLOCK_N=32),
-    ],
-    (2, 128): [
-        config(8, 2, BLOCK_M=128, BLOCK_N=64),
-        config(8, 2, BLOCK_M=64, BLOCK_N=64),
-        config(8, 2, BLOCK_M=128, BLOCK_N=32),
-    ],
-    (2, 256): [config(8, 2, BLOCK_M=64, BLOCK_N=32), config(8, 2, BLOCK_M=32, BLOCK_N=32)],
-    (4, 64): [config(8, 1, BLOCK_M=64, BLOCK_N=32), config(8, 1, BLOCK_M=32, BLOCK_N=32)],
-    (4, 128): [config(8, 1, BLOCK_M=32, BLOCK_N=32), config(8, 1, BLOCK_M=32, BLOCK_N=16)],
-    (4, 256): [config(8, 1, BLOCK_M=16, BLOCK_N=16)],
-}
-_KEY = ["tuning_T", "D", "LEFT", "RIGHT"]
-_SMALL = {"BLOCK_M": 32, "BLOCK_N": 32}
-
-
-def _tuned(kernel, table):
-    return {row: tuned(kernel, configs, _KEY, _SMALL) for row, configs in table.items()}
-
-
-PLAIN_DKDV, DKDV = _tuned(attention_dkdv_kernel, PLAIN_DKDV_CONFIGS), _tuned(attention_dkdv_kernel, DKDV_CONFIGS)
-DQ = _tuned(attention_dq_kernel, DQ_CONFIGS)
+# bytes an element, largest head dim, least arch with a causal mask or none, least arch with everything, tile
+DKDV_CONFIGS = [
+    (2, 64, 80, NEVER, config(8, 2, BLOCK_M=64, BLOCK_N=128)),
+    (2, 64, 80, NEVER, config(8, 2, BLOCK_M=64, BLOCK_N=64)),
+    (2, 64, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=128)),
+    (2, 64, 80, 90, config(4, 2, BLOCK_M=32, BLOCK_N=64)),
+    (2, 128, 90, NEVER, config(8, 2, BLOCK_M=64, BLOCK_N=64)),
+    (2, 128, 80, NEVER, config(8, 2, BLOCK_M=32, BLOCK_N=64)),
+    (2, 128, 80, NEVER, config(8, 2, BLOCK_M=16, BLOCK_N=128)),
+    (2, 128, NEVER, 80, config(8, 2, BLOCK_M=16, BLOCK_N=64)),
+    (2, 128, NEVER, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
+    (2, 192, 90, NEVER, config(8, 2, BLOCK_M=16, BLOCK_N=64)),
+    (2, 192, 80, 80, config(8, 2, BLOCK_M=16, BLOCK_N=32)),
+    (2, 256, 80, NEVER, config(8, 2, BLOCK_M=16, BLOCK_N=64)),
+    (2, 256, 80, 80, config(8, 2, BLOCK_M=16, BLOCK_N=32)),
+    (4, 64, 80, NEVER, config(8, 1, BLOCK_M=32, BLOCK_N=64)),
+    (4, 64, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=32)),
+    (4, 128, 80, NEVER, config(8, 1, BLOCK_M=32, BLOCK_N=32)),
+    (4, 128, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=32)),
+    (4, 192, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
+    (4, 256, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
+]
+DQ_CONFIGS = [
+    (2, 64, 80, 80, config(8, 3, BLOCK_M=128, BLOCK_N=64)),
+    (2, 64, 80, 80, config(4, 3, BLOCK_M=64, BLOCK_N=64)),
+    (2, 64, 80, 80, config(8, 2, BLOCK_M=128, BLOCK_N=32)),
+    (2, 128, 90, 90, config(8, 2, BLOCK_M=128, BLOCK_N=64)),
+    (2, 128, 80, 80, config(8, 2, BLOCK_M=128, BLOCK_N=32)),
+    (2, 128, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=64)),
+    (2, 192, 90, 90, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
+    (2, 192, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
+    (2, 256, 90, 90, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
+    (2, 256, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
+    (4, 64, 80, 80, config(8, 1, BLOCK_M=64, BLOCK_N=32)),
+    (4, 64, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=32)),
+    (4, 128, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=32)),
+    (4, 128, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=16)),
+    (4, 192, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
+    (4, 256, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
+]
+DKDV = tuned_for(attention_dkdv_kernel, DKDV_CONFIGS)
+DQ = tuned_for(attention_dq_kernel, DQ_CONFIGS)

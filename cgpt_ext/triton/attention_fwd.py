@@ -13,8 +13,8 @@ first and the maximum taken off before anything is multiplied, so that the large
 import triton.language as tl
 
 import triton
-from cgpt_ext.triton._jit import LN2, LOG2E, config, dot, narrow, tuned
-from cgpt_ext.triton.attention_tiles import load_tile, meets, segments, sequence, store_tile
+from cgpt_ext.triton._jit import LN2, LOG2E, config, dot, narrow
+from cgpt_ext.triton.attention_tiles import load_tile, meets, segments, sequence, store_tile, tuned_for
 
 
 @triton.jit
@@ -140,30 +140,27 @@ def attention_fwd_kernel(
         tl.store(lse_ptr + rows, largest + tl.log(total), mask=rows < Tq)
 
 
-# (bytes an element, largest head dim) -> tiles to choose from
-CONFIGS = {
-    (2, 64): [
-        config(8, 3, BLOCK_M=128, BLOCK_N=128),
-        config(4, 3, BLOCK_M=128, BLOCK_N=64),
-        config(8, 3, BLOCK_M=128, BLOCK_N=64),
-        config(4, 3, BLOCK_M=64, BLOCK_N=64),
-    ],
-    (2, 128): [
-        config(8, 2, BLOCK_M=128, BLOCK_N=128),
-        config(8, 3, BLOCK_M=128, BLOCK_N=64),
-        config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        config(4, 2, BLOCK_M=64, BLOCK_N=64),
-    ],
-    (2, 256): [
-        config(8, 2, BLOCK_M=128, BLOCK_N=64),
-        config(8, 2, BLOCK_M=128, BLOCK_N=32),
-        config(4, 2, BLOCK_M=64, BLOCK_N=32),
-    ],
-    (4, 64): [config(4, 2, BLOCK_M=64, BLOCK_N=32), config(8, 2, BLOCK_M=64, BLOCK_N=64)],
-    (4, 128): [config(8, 2, BLOCK_M=64, BLOCK_N=32), config(4, 2, BLOCK_M=32, BLOCK_N=32)],
-    (4, 256): [config(8, 2, BLOCK_M=32, BLOCK_N=32), config(4, 1, BLOCK_M=16, BLOCK_N=32)],
-}
-TUNED = {
-    row: tuned(attention_fwd_kernel, configs, ["tuning_T", "D", "LEFT", "RIGHT"], {"BLOCK_M": 32, "BLOCK_N": 32})
-    for row, configs in CONFIGS.items()
-}
+# bytes an element, largest head dim, least arch with a causal mask or none, least arch with everything, tile
+CONFIGS = [
+    (2, 64, 80, 80, config(8, 3, BLOCK_M=128, BLOCK_N=128)),
+    (2, 64, 80, 80, config(8, 3, BLOCK_M=128, BLOCK_N=64)),
+    (2, 64, 80, 90, config(4, 3, BLOCK_M=128, BLOCK_N=64)),
+    (2, 64, 80, 80, config(4, 3, BLOCK_M=64, BLOCK_N=64)),
+    (2, 128, 90, 90, config(8, 2, BLOCK_M=128, BLOCK_N=128)),
+    (2, 128, 80, 80, config(8, 3, BLOCK_M=128, BLOCK_N=64)),
+    (2, 128, 90, 90, config(4, 3, BLOCK_M=64, BLOCK_N=64)),
+    (2, 128, 80, 80, config(4, 3, BLOCK_M=64, BLOCK_N=32)),
+    (2, 192, 90, 90, config(8, 2, BLOCK_M=128, BLOCK_N=64)),
+    (2, 192, 90, 90, config(8, 2, BLOCK_M=128, BLOCK_N=32)),
+    (2, 192, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
+    (2, 256, 90, 90, config(8, 2, BLOCK_M=128, BLOCK_N=32)),
+    (2, 256, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
+    (4, 64, 80, 80, config(4, 2, BLOCK_M=64, BLOCK_N=32)),
+    (4, 64, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=64)),
+    (4, 128, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
+    (4, 128, 80, 80, config(4, 2, BLOCK_M=32, BLOCK_N=32)),
+    (4, 192, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
+    (4, 256, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
+    (4, 256, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=16)),
+]
+TUNED = tuned_for(attention_fwd_kernel, CONFIGS)

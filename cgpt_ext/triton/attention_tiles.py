@@ -4,9 +4,15 @@ A head dim D is held as D0 columns and, where that is less waste than the next p
 96 = 64 + 32, 192 = 128 + 64. Columns past D read as zeros.
 """
 
+import torch
 import triton.language as tl
 
 import triton
+from cgpt_ext.triton._jit import tuned
+
+HEAD_DIMS = (64, 128, 192, 256)
+ARCHS = (80, 90)
+NEVER = 1000
 
 
 @triton.jit
@@ -88,3 +94,35 @@ def split_head_dim(D: int) -> tuple[int, int]:
     low = whole // 2
     rest = max(16, triton.next_power_of_2(D - low)) if D > low else 0
     return (low, rest) if 16 <= low and low + rest < whole else (whole, 0)
+
+
+def choices(table, D: int, itemsize: int, full: bool, arch: int) -> list:
+    """The configs of `table` for head dims up to D; `full` where there is more than a causal mask, and arch 80 or 90.
+
+    A row of a table is (bytes an element, largest head dim, the least arch with a causal mask or none, the least arch
+    with everything, config): below that arch the compiler runs out of registers and the config is left out.
+    """
+    return [row[4] for row in table if row[:2] == (itemsize, D) and arch >= row[3 if full else 2]]
+
+
+def tuned_for(kernel, table) -> dict:
+    """(itemsize, largest head dim, full, arch) -> `kernel` tuned over what `table` has for them."""
+    return {
+        (itemsize, D, full, arch): tuned(
+            kernel,
+            choices(table, D, itemsize, full, arch),
+            ["tuning_T", "D", "LEFT", "RIGHT"],
+            {"BLOCK_M": 32, "BLOCK_N": 32},
+        )
+        for itemsize in (2, 4)
+        for D in HEAD_DIMS
+        for full in (False, True)
+        for arch in ARCHS
+    }
+
+
+def row_of(x: torch.Tensor, full: bool) -> tuple[int, int, bool, int]:
+    """The key of `tuned_for`'s dict that serves x (..., D). Past Hopper sm_120 again has sm_80's instructions."""
+    D = next(most for most in HEAD_DIMS if x.shape[-1] <= most)
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    return x.element_size(), D, full, 90 if hopper else 80

@@ -166,32 +166,35 @@ def gelu_mlp_bias_kernel(partial_ptr, db1_ptr, tiles, N, BLOCK_M: tl.constexpr, 
     tl.store(db1_ptr + cols, narrow(tl.sum(total, 0), db1_ptr.dtype.element_ty), cols < N)
 
 
-# bytes an element -> tiles to choose from
+# (bytes an element, whether gated) -> tiles to choose from
 CONFIGS = {
-    2: [
-        config(8, 3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64),
+    (2, False): [
         config(8, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
-        config(4, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32),
+        config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32),
         config(4, 4, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64),
+        config(4, 4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
     ],
-    4: [config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16), config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=16)],
+    (2, True): [
+        config(8, 4, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64),
+        config(4, 4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
+    ],
+    (4, False): [config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16), config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=16)],
+    (4, True): [config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)],
 }
 BWD_CONFIGS = {
-    2: [
-        config(8, 3, BLOCK_N=128, BLOCK_K=64),
-        config(8, 4, BLOCK_N=128, BLOCK_K=32),
-        config(4, 4, BLOCK_N=64, BLOCK_K=64),
-    ],
-    4: [config(8, 3, BLOCK_N=64, BLOCK_K=16), config(8, 3, BLOCK_N=32, BLOCK_K=16)],
+    (2, False): [config(8, 4, BLOCK_N=64, BLOCK_K=64), config(16, 3, BLOCK_N=128, BLOCK_K=64)],
+    (2, True): [config(8, 4, BLOCK_N=64, BLOCK_K=64), config(8, 4, BLOCK_N=32, BLOCK_K=64)],
+    (4, False): [config(8, 3, BLOCK_N=64, BLOCK_K=16), config(8, 3, BLOCK_N=32, BLOCK_K=16)],
+    (4, True): [config(8, 3, BLOCK_N=64, BLOCK_K=16), config(8, 3, BLOCK_N=32, BLOCK_K=16)],
 }
 _KEY = ["tuning_M", "F", "D", "ACTIVATION"]
 TUNED = {
-    size: tuned(gelu_mlp_fwd_kernel, configs, _KEY, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32})
-    for size, configs in CONFIGS.items()
+    row: tuned(gelu_mlp_fwd_kernel, configs, _KEY, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32})
+    for row, configs in CONFIGS.items()
 }
 TUNED_BWD = {
-    size: tuned(gelu_mlp_bwd_kernel, configs, _KEY, {"BLOCK_N": 32, "BLOCK_K": 32})
-    for size, configs in BWD_CONFIGS.items()
+    row: tuned(gelu_mlp_bwd_kernel, configs, _KEY, {"BLOCK_N": 32, "BLOCK_K": 32})
+    for row, configs in BWD_CONFIGS.items()
 }
 
 
@@ -206,7 +209,7 @@ def gelu_mlp_linear_fwd_triton(x2d, w1, b1, activation, pre, act):
     if act.numel() == 0:
         return
     with on_device_of(x2d):
-        TUNED[x2d.element_size()][_grid(M, F)](
+        TUNED[x2d.element_size(), activation == "swiglu"][_grid(M, F)](
             x2d, w1, b1, pre, act, M, F, D, *x2d.stride(), *w1.stride(), bucket(M),
             ACTIVATION=ACTIVATIONS[activation], EVEN_K=D % 64 == 0,
         )  # fmt: skip
@@ -220,7 +223,7 @@ def gelu_mlp_linear_bwd_triton(dy2d, w2, pre, activation, dpre, act, db1):
     partial = None if db1 is None else torch.empty((tiles, width), dtype=torch.float32, device=pre.device)
     with on_device_of(dy2d):
         if act.numel():
-            TUNED_BWD[dy2d.element_size()][_grid(M, F)](
+            TUNED_BWD[dy2d.element_size(), activation == "swiglu"][_grid(M, F)](
                 dy2d, w2, pre, dpre, act, partial, M, F, D, *dy2d.stride(), *w2.stride(), bucket(M),
                 ACTIVATION=ACTIVATIONS[activation], EVEN_K=D % 64 == 0, BLOCK_M=BWD_ROWS,
             )  # fmt: skip

@@ -213,12 +213,14 @@ def layer_norm_sum_kernel(
 CONFIGS = {
     1024: [config(1, ROWS=1), config(4, ROWS=4), config(2, ROWS=1), config(4, ROWS=1)],
     2048: [config(4, ROWS=1), config(2, ROWS=1), config(8, ROWS=4)],
-    8192: [config(8, ROWS=1), config(4, ROWS=1), config(16, ROWS=1)],
+    4096: [config(4, ROWS=1), config(8, ROWS=1)],
+    8192: [config(8, ROWS=1), config(4, ROWS=1)],
 }
 BWD_CONFIGS = {
     1024: [config(4, ROWS=4), config(4, ROWS=1), config(2, ROWS=1), config(8, ROWS=4)],
     2048: [config(4, ROWS=1), config(8, ROWS=1), config(8, ROWS=2)],
-    8192: [config(8, ROWS=1), config(16, ROWS=1)],
+    4096: [config(8, ROWS=1), config(4, ROWS=1)],
+    8192: [config(8, ROWS=1)],
 }
 TUNED = {D: tuned(layer_norm_fwd_kernel, configs, ["tuning_D"], {"ROWS": 4}) for D, configs in CONFIGS.items()}
 TUNED_BWD = {D: tuned(layer_norm_bwd_kernel, configs, ["tuning_D"], {"ROWS": 4}) for D, configs in BWD_CONFIGS.items()}
