@@ -9,7 +9,7 @@ def main() -> None:
     print(f"cpu: {cpu['isa']} of {', '.join(cpu['available'])}; {cpu['threads']} threads")
     for op, devices in found["ops"].items():
         for device, row in devices.items():
-            print(f"{op:14} {device:5} {row['implementation']:10} {row['why']}")
+            print(f"{op:14} {device:12} {row['implementation']:10} {row['why']}")
 
 
 if __name__ == "__main__":

@@ -22,15 +22,19 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float(torch.nan_to_num(difference, nan=float("inf")).max())
 
 
-def assert_as_good_as_torch(got, want, torch_result, what="result"):
-    """`got` in a dtype, `want` in fp64, `torch_result` what torch computes in got's dtype on the same input."""
+def assert_as_good_as_torch(got, want, torch_result, what="result", dtype=None):
+    """`got` in a dtype, `want` in fp64, `torch_result` what torch computes in got's dtype on the same input.
+
+    dtype: what was rounded to on the way where that is not got's own: an fp32 loss of bf16 logits.
+    """
+    dtype = dtype or got.dtype
     assert got.dtype == torch_result.dtype, f"{what}: dtype must be {torch_result.dtype}, got {got.dtype}"
     scale = float(want.detach().double().abs().nan_to_num(0, 0, 0).max()) if want.numel() else 0.0
     ours, theirs = error(got, want), error(torch_result, want)
-    assert ours <= 2 * theirs + TINY[got.dtype] * scale, (
+    assert ours <= 2 * theirs + TINY[dtype] * scale, (
         f"{what}: error {ours:.3e} past the bar: torch's own is {theirs:.3e}, the reference's scale {scale:.3e}"
     )
-    if got.dtype == torch.float32:
+    if dtype == torch.float32:
         assert ours <= 1e-5 * scale, f"{what}: fp32 error {ours:.3e} past 1e-5 of {scale:.3e}"
 
 
@@ -48,12 +52,15 @@ def run(function, *inputs, dout=None):
 
 
 def _leaf(x):
-    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
     return copy.requires_grad_(x.is_floating_point())
 
 
-def compare(op, reference, torch_op, inputs, dout):
-    """Values and gradients of `op` against `reference` in fp64, at the bar `torch_op` sets in the inputs' dtype."""
+def compare(op, reference, torch_op, inputs, dout, dtype=None):
+    """Values and gradients of `op` against `reference` in fp64, at the bar `torch_op` sets in the inputs' dtype.
+
+    dtype: as for `assert_as_good_as_torch`.
+    """
     wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
     wide_dout = [g.double() for g in dout] if isinstance(dout, (list, tuple)) else dout.double()
     got = run(op, *inputs, dout=dout)
@@ -61,4 +68,4 @@ def compare(op, reference, torch_op, inputs, dout):
     theirs = run(torch_op, *inputs, dout=dout)
     assert len(got) == len(want) == len(theirs)
     for i, (g, w, t) in enumerate(zip(got, want, theirs, strict=True)):
-        assert_as_good_as_torch(g, w, t, what=f"output or gradient {i}")
+        assert_as_good_as_torch(g, w, t, what=f"output or gradient {i}", dtype=dtype)

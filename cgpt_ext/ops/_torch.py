@@ -13,19 +13,40 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def direct(x: torch.Tensor) -> bool:
-    """Whether a launcher may be called on `x` as it is, without torch's dispatcher."""
-    return type(x) in _PLAIN and not torch.compiler.is_compiling() and x.device.type != "meta"
+def direct(*arguments) -> bool:
+    """Whether a launcher may be called on `arguments` as they are, without torch's dispatcher.
+
+    Lists are judged by their first tensor. Where the first argument is no meta tensor none should be, and the border
+    says so.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for x in arguments:
+        if type(x) is list:
+            x = x[0] if x else None
+        if type(x) not in _PLAIN and isinstance(x, torch.Tensor):
+            return False
+    first = arguments[0]
+    first = first[0] if type(first) is list and first else first
+    return not (isinstance(first, torch.Tensor) and first.is_meta)
 
 
 def register(schema: str, launch: Callable, fake: Callable) -> Callable:
-    """Defines `cgpt_ext::<schema>`, served by `launch` on CPU and CUDA, and returns it as a function."""
+    """Defines `cgpt_ext::<schema>`, served by `launch` on CPU and CUDA.
+
+    Returns the op as a function of positional arguments, which calls `launch` itself where `direct` allows it.
+    """
     name = "cgpt_ext::" + schema[: schema.index("(")]
     torch.library.define(name, schema[schema.index("(") :])
     torch.library.impl(name, ("cpu", "cuda"), launch)
     torch.library.register_fake(name, fake)
     namespace, op = name.split("::")
-    return getattr(getattr(torch.ops, namespace), op).default
+    registered = getattr(getattr(torch.ops, namespace), op).default
+
+    def call(*arguments):
+        return (launch if direct(*arguments) else registered)(*arguments)
+
+    return call
 
 
 def check_tensors(op: str, **arguments: torch.Tensor | None) -> None:

@@ -77,7 +77,7 @@ def adamw_(
     )
     rest = (masters, lows, grad_scale, bool(maximize))
     params = lists[0]
-    (_launch if not params or direct(params[0]) else _op)(*lists, *scalars, *rest)
+    _step(*lists, *scalars, *rest)
     if params and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(params)  # so that autograd notices a graph that saved the old values
 
@@ -284,7 +284,7 @@ def _launch(
     )
 
 
-_op = register(
+_step = register(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] steps,"
     " int step, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay,"
     " Tensor(d!)[] masters, Tensor(e!)[] lows, Tensor? grad_scale, bool maximize) -> ()",

@@ -13,14 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import check_tensors, direct, register, require_tensors
+from cgpt_ext.ops._torch import check_tensors, register, require_tensors
 
 
 def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, padding_idx: int | None = None) -> Tensor:
     """Looks rows of `wte` up by id, and adds row t of `wpe` at position t.
 
     Args:
-        ids: int64 in [0, V), (B, T), or of any shape without wpe.
+        ids: int64 in [0, V), (B, T), or of any shape without wpe. A GPU's ids are not read back: one out of range
+            gives a row of NaN, and no gradient, instead of raising.
         wte: (V, D) in fp32, bf16 or fp16, rows contiguous.
         wpe: (T_max, D) in wte's dtype with T_max >= T, rows contiguous, or None.
         padding_idx: the id whose row gets no gradient, in [-V, V), or None.
@@ -88,7 +89,13 @@ def _launch_fwd(ids, wte, wpe):
 def _launch_bwd(dout, ids, vocabulary, positions, padding_idx, output_mask):
     dwte = dout.new_zeros(vocabulary, dout.shape[-1]) if output_mask[0] else None
     dwpe = dout.new_zeros(positions, dout.shape[-1]) if output_mask[1] else None
-    _native.embedding_bwd(dout.contiguous(), ids.contiguous(), dwte, dwpe, padding_idx)
+    ids = ids.contiguous()
+    ordered, order, workspace = None, None, None
+    segments = _native.embedding_workspace(ids) if output_mask[0] else 0
+    if segments:  # the kernel wants the ids sorted: runs of equal ids, in token order
+        ordered, order = torch.sort(ids.view(-1), stable=True)
+        workspace = torch.empty(segments, 2, dout.shape[-1], dtype=torch.float32, device=dout.device)
+    _native.embedding_bwd(dout.contiguous(), ids, dwte, dwpe, padding_idx, ordered, order, workspace)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in (dwte, dwpe))
 
 
@@ -101,18 +108,10 @@ def _fake_bwd(dout, ids, vocabulary, positions, padding_idx, output_mask):
     return tuple(dout.new_empty(s if wanted else 0) for s, wanted in zip(shapes, output_mask, strict=True))
 
 
-_op_fwd = register("embedding_fwd(Tensor ids, Tensor wte, Tensor? wpe) -> Tensor", _launch_fwd, _fake_fwd)
-_op_bwd = register(
+_fwd = register("embedding_fwd(Tensor ids, Tensor wte, Tensor? wpe) -> Tensor", _launch_fwd, _fake_fwd)
+_bwd = register(
     "embedding_bwd(Tensor dout, Tensor ids, SymInt vocabulary, SymInt positions, int padding_idx,"
     " bool[2] output_mask) -> (Tensor dwte, Tensor dwpe)",
     _launch_bwd,
     _fake_bwd,
 )
-
-
-def _fwd(ids, wte, wpe):
-    return (_launch_fwd if direct(ids) and direct(wte) else _op_fwd)(ids, wte, wpe)
-
-
-def _bwd(dout, *args):
-    return (_launch_bwd if direct(dout) else _op_bwd)(dout, *args)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import autocast, check_tensors, direct, register, require_tensors
+from cgpt_ext.ops._torch import autocast, check_tensors, register, require_tensors
 
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # our names, torch's names
 
@@ -143,23 +143,15 @@ def _fake_bwd(dout, x, w1, b1, w2, pre, tanh, output_mask):
     return tuple(grad if wanted else x.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
 
 
-_op_fwd = register(
+_fwd = register(
     "gelu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool tanh, bool save_pre)"
     " -> (Tensor y, Tensor pre)",
     _launch_fwd,
     _fake_fwd,
 )
-_op_bwd = register(
+_bwd = register(
     "gelu_mlp_bwd(Tensor dout, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor pre, bool tanh,"
     " bool[5] output_mask) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     _launch_bwd,
     _fake_bwd,
 )
-
-
-def _fwd(x, *args):
-    return (_launch_fwd if direct(x) else _op_fwd)(x, *args)
-
-
-def _bwd(dout, *args):
-    return (_launch_bwd if direct(dout) else _op_bwd)(dout, *args)

@@ -1,7 +1,7 @@
 """The global L2 norm of a list of gradients: sqrt of the sum of all squares (Pascanu et al. 2013, arXiv 1211.5063).
 
 Squares and sums are in double, in an order that the list alone decides: the bits depend neither on the thread count
-nor on the instruction set, and nothing that the inputs can hold overflows on the way.
+nor on the instruction set nor on the device, and nothing that the inputs can hold overflows on the way.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation
-from cgpt_ext.ops._torch import direct, register
+from cgpt_ext.ops._torch import register
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -34,7 +34,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     grads = list(grads)
     if not grads:
         return torch.zeros(())
-    return _launch(grads) if direct(grads[0]) else _op(grads)
+    return _norm(grads)
 
 
 def grad_norm_ref(grads: Sequence[Tensor]) -> Tensor:
@@ -48,7 +48,10 @@ def _launch(grads):
     if implementation("grad_norm", grads[0].device.type) == "reference":
         return grad_norm_ref(grads)
     norm = torch.empty((), device=grads[0].device)
-    _native.grad_norm([_in_memory_order(grad.detach()) for grad in grads], norm)
+    grads = [_in_memory_order(grad.detach()) for grad in grads]
+    chunks = _native.grad_norm_workspace(grads)
+    workspace = torch.empty(chunks, dtype=torch.float64, device=norm.device) if chunks else None
+    _native.grad_norm(grads, norm, workspace)
     return norm
 
 
@@ -59,6 +62,6 @@ def _in_memory_order(grad):
     return grad.permute(sorted(range(grad.dim()), key=grad.stride, reverse=True)).contiguous()
 
 
-_op = register(
+_norm = register(
     "grad_norm(Tensor[] grads) -> Tensor", _launch, lambda grads: grads[0].new_empty((), dtype=torch.float32)
 )

@@ -45,9 +45,36 @@ class Scratch {
     float* next_;
 };
 
+// One sequence of the batch, as a batch of its own: what the kernels below work on.
+struct Sequence {
+    AttentionShape shape;
+    int64_t b, query, key;  // its place in the batch, its first rows among the packed ones
+    float slope(int64_t h) const { return shape.alibi_slopes ? shape.alibi_slopes[h] : 0.0f; }
+};
+
+inline Sequence sequence(const AttentionShape& all, int64_t b) {
+    Sequence one = {all, b, 0, 0};
+    AttentionShape& s = one.shape;
+    if (all.alibi_slopes) s.alibi_slopes += b * all.alibi_stride;
+    if (!all.cu_seqlens_q) return one;
+    one.query = all.cu_seqlens_q[b], one.key = all.cu_seqlens_k[b];
+    s.Tq = all.cu_seqlens_q[b + 1] - one.query, s.Tk = all.cu_seqlens_k[b + 1] - one.key;
+    return one;
+}
+
 template <class T>
-T* row_of(const Heads& t, int64_t b, int64_t i, int64_t h) {
-    return static_cast<T*>(t.data) + b * t.batch + i * t.time + h * t.head;
+T* query_row(const Heads& t, const Sequence& of, int64_t i, int64_t h) {
+    return static_cast<T*>(t.data) + of.b * t.batch + (of.query + i) * t.time + h * t.head;
+}
+
+template <class T>
+T* key_row(const Heads& t, const Sequence& of, int64_t j, int64_t h) {
+    return static_cast<T*>(t.data) + of.b * t.batch + (of.key + j) * t.time + h * t.head;
+}
+
+// Where a query's statistics stand in lse.
+inline int64_t lse_at(const Sequence& of, int64_t i, int64_t h) {
+    return of.b * of.shape.lse_batch + h * of.shape.lse_head + of.query + i;
 }
 
 // Rows of one head to fp32, each `ld` long, zeros after D.
@@ -114,10 +141,42 @@ CGPT_INLINE vf exp_below(vf x) {
     return x < -86.0f ? vf{} : p;
 }
 
-// How many keys of the block that starts at `key` query i sees.
+// Query i sees keys [first_key, end_key), key j is seen by queries [first_query, end_query).
+inline int64_t first_key(const AttentionShape& s, int64_t i) {
+    return s.window_left < 0 ? 0 : std::clamp<int64_t>(i + s.Tk - s.Tq - s.window_left, 0, s.Tk);
+}
+inline int64_t end_key(const AttentionShape& s, int64_t i) {
+    return s.window_right < 0 ? s.Tk : std::clamp<int64_t>(i + s.Tk - s.Tq + s.window_right + 1, 0, s.Tk);
+}
+inline int64_t first_query(const AttentionShape& s, int64_t j) {
+    return s.window_right < 0 ? 0 : std::clamp<int64_t>(j - (s.Tk - s.Tq) - s.window_right, 0, s.Tq);
+}
+inline int64_t end_query(const AttentionShape& s, int64_t j) {
+    return s.window_left < 0 ? s.Tq : std::clamp<int64_t>(j - (s.Tk - s.Tq) + s.window_left + 1, 0, s.Tq);
+}
+
+// Of the block of keys that starts at `key`, query i sees columns [hidden, visible).
+inline int64_t hidden(const AttentionShape& s, int64_t i, int64_t key) {
+    return std::clamp<int64_t>(first_key(s, i) - key, 0, kKeys);
+}
 inline int64_t visible(const AttentionShape& s, int64_t i, int64_t key) {
-    const int64_t end = s.causal ? std::min(s.Tk, i + s.Tk - s.Tq + 1) : s.Tk;
-    return std::clamp<int64_t>(end - key, 0, kKeys);
+    return std::clamp<int64_t>(end_key(s, i) - key, 0, kKeys);
+}
+
+// Whether any of the queries sees any key of the block.
+inline bool meet(const AttentionShape& s, int64_t query, int64_t rows, int64_t key) {
+    return hidden(s, query, key) < visible(s, query + rows - 1, key);
+}
+
+// Query i's scores of a block of keys, of which it sees no more than `seen`, with their distance's part.
+inline void add_alibi(const AttentionShape& s, float slope, int64_t i, int64_t key, int64_t seen, float* scores) {
+    vf lanes;
+    for (int l = 0; l < W; ++l) lanes[l] = static_cast<float>(l);
+    const vf first = splat(static_cast<float>(i + s.Tk - s.Tq - key)) - lanes;
+    for (int64_t c = 0; c < seen; c += W) {
+        const vf distance = first - static_cast<float>(c);
+        store(scores + c, madd(splat(-slope), max(distance, -distance), load(scores + c)));
+    }
 }
 
 // C (rows, kKeys) = scale * A B: queries (rows, ld) against transposed keys, or dout against transposed values. Only

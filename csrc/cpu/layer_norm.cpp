@@ -7,22 +7,26 @@
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh
 //   dweight = sum over rows of dout * xhat,  dbias = sum over rows of dout
 //
-// Rows are read and written one after the other, which is what the hardware prefetches; each sum is four independent
-// chains of additions. Only dweight and dbias take four rows at once, when those are in the first-level cache, so that
-// they pass through registers once for the four. They are summed per block of rows, then over the blocks in order: the
-// blocks depend on the shape alone, so the bits do not depend on the thread count.
+// Rows are read one after the other, which is what the hardware prefetches; each sum is four independent chains of
+// additions. The second pass of the backward, over rows that the caches now hold, takes a column of several rows at
+// once, so that dweight and dbias pass through registers once for all of them. They are summed per block of rows, then
+// over the blocks in order: the blocks depend on the shape alone, so the bits do not depend on the thread count.
+//
+// weight, bias and the sums for dweight and dbias are fp32 in the order that load2 gives the working dtype in
+// (pairs.h), filled up to whole pairs of vectors.
 #include "../layer_norm.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
+#include "pairs.h"
 #include "threads.h"
-#include "vec.h"
 
 namespace cgpt::CGPT_ISA {
 namespace {
 
-constexpr int64_t kTile = 4;  // rows whose dweight and dbias go together
+constexpr int64_t kTile = 8;  // rows whose dweight and dbias go together
 
 template <class T>
 const T* row_of(const void* base, int64_t row, int64_t D) {
@@ -33,14 +37,55 @@ T* row_of(void* base, int64_t row, int64_t D) {
     return static_cast<T*>(base) + row * D;
 }
 
-// weight and bias (D) in fp32, so that 16-bit ones are widened once for many rows.
+// D, rounded up to the two vectors that are taken at a time.
+int64_t padded(int64_t D) { return (D + 2 * W - 1) / (2 * W) * (2 * W); }
+
+// Calls body with a value of the weights' type, which is T or float.
+template <class T, class F>
+void with_weight_type(DType dtype, F&& body) {
+    if (dtype == DType::f32)
+        body(float{});
+    else
+        body(T{});
+}
+
+// weight or bias (D), null for zeros, in fp32 and T's order: widened once for many rows.
+template <class T>
 std::vector<float> in_fp32(const void* values, DType dtype, int64_t D) {
-    std::vector<float> wide(D);
-    if (values)
-        CGPT_WITH_FLOAT_TYPE(dtype, P, for_lanes(D, [&](int64_t i, auto n) {
-                                 put(wide.data() + i, get(static_cast<const P*>(values) + i, n), n);
-                             }))
+    std::vector<float> wide(padded(D));
+    if (!values) return wide;
+    with_weight_type<T>(dtype, [&](auto type) {
+        const auto* from = static_cast<const decltype(type)*>(values);
+        for_pairs(D, [&](int64_t i, auto n, auto) { store2(wide.data() + i, get2_as<T>(from + i, n)); });
+    });
     return wide;
+}
+
+struct Moments {
+    float mean, variance;
+};
+
+// One pass over the row, centred on the mean of its first values. Where that turns out further from the mean than the
+// standard deviation, so that the variance would lose digits to it, a second pass is centred on the mean itself.
+template <class T>
+CGPT_INLINE Moments moments(const T* h, int64_t D) {
+    const int64_t few = std::min<int64_t>(D, 2 * W);
+    const vf2 sample = few == 2 * W ? load2(h) : get2(h, few);
+    float centre = hsum(sample.half[0] + sample.half[1]) / few;
+    for (bool again = false;; again = true) {
+        vf squares[4] = {}, rest[4] = {};
+        for_pairs(D, [&](int64_t i, auto n, auto k) {
+            const vf2 x = get2(h + i, n);
+            const vf2 centred = keep2<T>({x.half[0] - centre, x.half[1] - centre}, n);
+            for (int s = 0; s < 2; ++s) {
+                squares[2 * k + s] = madd(centred.half[s], centred.half[s], squares[2 * k + s]);
+                rest[2 * k + s] += centred.half[s];
+            }
+        });
+        const float delta = hsum4(rest) / D, variance = hsum4(squares) / D - delta * delta;
+        if (again || delta * delta <= variance) return {centre + delta, std::fmax(variance, 0.0f)};
+        centre += delta;
+    }
 }
 
 template <class T>
@@ -50,94 +95,107 @@ void forward_row(const LayerNormFwdArgs& a, int64_t row, const float* weight, co
     if (a.residual) {  // what is stored is what gets normalised: the backward pass sees only that
         const T *x = row_of<T>(a.x, row, D), *residual = row_of<T>(a.residual, row, D);
         T* sum = row_of<T>(a.h, row, D);
-        for_lanes(D, [&](int64_t i, auto n) { put(sum + i, get(x + i, n) + get(residual + i, n), n); });
+        for_pairs(D, [&](int64_t i, auto n, auto) {
+            const vf2 u = get2(x + i, n), v = get2(residual + i, n);
+            put2(sum + i, {u.half[0] + v.half[0], u.half[1] + v.half[1]}, n);
+        });
     }
-    vf sum[4] = {};
-    for_lanes4(D, [&](int64_t i, auto n, auto k) { sum[k] += get(h + i, n); });
-    const float first = hsum4(sum) / D;
-    vf squares[4] = {}, rest[4] = {};
-    for_lanes4(D, [&](int64_t i, auto n, auto k) {
-        const vf centred = keep_n(get(h + i, n) - first, n);
-        squares[k] = madd(centred, centred, squares[k]);
-        rest[k] += centred;
-    });
-    // What rounding left in the mean of a large offset is the mean of the centred row.
-    const float delta = hsum4(rest) / D, mean = first + delta;
-    const float rstd = 1.0f / std::sqrt(std::fmax(hsum4(squares) / D - delta * delta, 0.0f) + a.eps);
+    const Moments m = moments(h, D);
+    const float mean = m.mean, rstd = 1.0f / std::sqrt(m.variance + a.eps);
     if (a.mean) {
         a.mean[row] = mean;
         a.rstd[row] = rstd;
     }
     T* y = row_of<T>(a.y, row, D);
-    for_lanes(D, [&](int64_t i, auto n) {
-        put(y + i, madd((get(h + i, n) - mean) * rstd, get(weight + i, n), get(bias + i, n)), n);
+    for_pairs(D, [&](int64_t i, auto n, auto) {
+        vf2 x = get2(h + i, n);
+        const vf2 w = load2(weight + i), b = load2(bias + i);
+        for (int s = 0; s < 2; ++s) x.half[s] = madd((x.half[s] - mean) * rstd, w.half[s], b.half[s]);
+        put2(y + i, x, n);
     });
 }
 
-template <class T, class N>
-CGPT_INLINE vf xhat(const LayerNormBwdArgs& a, int64_t row, int64_t i, N n) {
-    return (get(row_of<T>(a.h, row, a.cols) + i, n) - a.mean[row]) * a.rstd[row];
-}
+// What dx is made of, besides dout and h.
+struct RowGradient {
+    float mean, rstd, mean_g, mean_gx;
+};
 
 template <class T>
-void backward_row(const LayerNormBwdArgs& a, int64_t row, const float* weight) {
+CGPT_INLINE RowGradient row_gradient(const LayerNormBwdArgs& a, int64_t row, const float* weight) {
     const int64_t D = a.cols;
-    const T* dout = row_of<T>(a.dout, row, D);
+    const T *dout = row_of<T>(a.dout, row, D), *h = row_of<T>(a.h, row, D);
+    const float mean = a.mean[row], rstd = a.rstd[row];
     vf sum_g[4] = {}, sum_gx[4] = {};
-    for_lanes4(D, [&](int64_t i, auto n, auto k) {  // beyond the row's end dout is 0, and every term with it
-        const vf g = get(dout + i, n) * get(weight + i, n);
-        sum_g[k] += g;
-        sum_gx[k] = madd(g, xhat<T>(a, row, i, n), sum_gx[k]);
-    });
-    const float mean_g = hsum4(sum_g) / D, mean_gx = hsum4(sum_gx) / D;
-    const T* dh = a.dh ? row_of<T>(a.dh, row, D) : nullptr;
-    T* dx = row_of<T>(a.dx, row, D);
-    for_lanes(D, [&](int64_t i, auto n) {
-        const vf g = get(dout + i, n) * get(weight + i, n);
-        vf d = (g - mean_g - xhat<T>(a, row, i, n) * mean_gx) * a.rstd[row];
-        if (dh) d += get(dh + i, n);
-        put(dx + i, d, n);
-    });
-}
-
-// Adds R rows to dweight and dbias (D).
-template <class T, int R>
-void add_rows(const LayerNormBwdArgs& a, int64_t row, float* dweight, float* dbias) {
-    const int64_t D = a.cols;
-    for_lanes(D, [&](int64_t i, auto n) {
-        vf dw = get(dweight + i, n), db = get(dbias + i, n);
-        for (int r = 0; r < R; ++r) {
-            const vf d = get(row_of<T>(a.dout, row + r, D) + i, n);
-            dw = madd(d, xhat<T>(a, row + r, i, n), dw);
-            db += d;
+    for_pairs(D, [&](int64_t i, auto n, auto k) {  // beyond the row's end dout is 0, and every term with it
+        const vf2 d = get2(dout + i, n), x = get2(h + i, n), w = load2(weight + i);
+        for (int s = 0; s < 2; ++s) {
+            const vf g = d.half[s] * w.half[s];
+            sum_g[2 * k + s] += g;
+            sum_gx[2 * k + s] = madd(g, x.half[s] - mean, sum_gx[2 * k + s]);
         }
-        put(dweight + i, dw, n);
-        put(dbias + i, db, n);
+    });
+    return {mean, rstd, hsum4(sum_g) / D, hsum4(sum_gx) * rstd / D};
+}
+
+// dx of up to kTile rows, [begin, end), and what they add to dweight and dbias (padded(D)).
+template <class T>
+void backward_tile(const LayerNormBwdArgs& a, int64_t begin, int64_t end, const float* weight, float* dweight,
+                   float* dbias) {
+    const int64_t D = a.cols;
+    RowGradient gradients[kTile];
+    for (int64_t row = begin; row < end; ++row) gradients[row - begin] = row_gradient<T>(a, row, weight);
+    for_pairs(D, [&](int64_t i, auto n, auto) {
+        const vf2 w = load2(weight + i);
+        vf2 dw = load2(dweight + i), db = load2(dbias + i);
+        for (int64_t row = begin; row < end; ++row) {
+            const RowGradient& c = gradients[row - begin];
+            const vf2 d = get2(row_of<T>(a.dout, row, D) + i, n), x = get2(row_of<T>(a.h, row, D) + i, n);
+            vf2 dx;
+            for (int s = 0; s < 2; ++s) {
+                const vf xhat = (x.half[s] - c.mean) * c.rstd;
+                dw.half[s] = madd(d.half[s], xhat, dw.half[s]);
+                db.half[s] += d.half[s];
+                dx.half[s] = madd(xhat, splat(-c.mean_gx), d.half[s] * w.half[s] - c.mean_g) * c.rstd;
+            }
+            if (a.dh) {
+                const vf2 dh = get2(row_of<T>(a.dh, row, D) + i, n);
+                for (int s = 0; s < 2; ++s) dx.half[s] += dh.half[s];
+            }
+            put2(row_of<T>(a.dx, row, D) + i, dx, n);
+        }
+        store2(dweight + i, dw);
+        store2(dbias + i, db);
     });
 }
 
-// Gradients of rows [begin, end); their sums for dweight and dbias go to `partial` (2, D).
+// Gradients of rows [begin, end); their sums for dweight and dbias go to `partial` (2, padded(D)).
 template <class T>
 void backward_rows(const LayerNormBwdArgs& a, int64_t begin, int64_t end, const float* weight, float* partial) {
-    float *dweight = partial, *dbias = partial + a.cols;
-    std::fill(partial, partial + 2 * a.cols, 0.0f);
-    for (int64_t row = begin; row < end; row += kTile) {
-        const int64_t last = std::min(end, row + kTile);
-        for (int64_t r = row; r < last; ++r) backward_row<T>(a, r, weight);
-        if (last - row == kTile)
-            add_rows<T, kTile>(a, row, dweight, dbias);
-        else
-            for (int64_t r = row; r < last; ++r) add_rows<T, 1>(a, r, dweight, dbias);
-    }
+    std::fill(partial, partial + 2 * padded(a.cols), 0.0f);
+    for (int64_t row = begin; row < end; row += kTile)
+        backward_tile<T>(a, row, std::min(end, row + kTile), weight, partial, partial + padded(a.cols));
+}
+
+// to (size) = the sum of the blocks' floats, `stride` apart and in T's order, from the first to the last.
+template <class T, class P>
+void sum_blocks(const float* first, int64_t blocks, int64_t stride, P* to, int64_t size) {
+    for_pairs(size, [&](int64_t i, auto n, auto) {
+        vf2 sum{};
+        for (int64_t b = 0; b < blocks; ++b) {
+            const vf2 x = load2(first + b * stride + i);
+            for (int s = 0; s < 2; ++s) sum.half[s] += x.half[s];
+        }
+        put2_as<T>(to + i, sum, n);
+    });
 }
 
 }  // namespace
 
 void layer_norm_fwd(const LayerNormFwdArgs& a) {
-    const std::vector<float> weight = in_fp32(a.weight, a.weight_dtype, a.cols);
-    const std::vector<float> bias = in_fp32(a.bias, a.weight_dtype, a.cols);
     const int64_t grain = std::max<int64_t>(1, 16384 / a.cols);
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
+        const std::vector<float> weight = in_fp32<T>(a.weight, a.weight_dtype, a.cols);
+        const std::vector<float> bias = in_fp32<T>(a.bias, a.weight_dtype, a.cols);
         parallel_ranges(a.rows, grain, [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) forward_row<T>(a, row, weight.data(), bias.data());
         });
@@ -145,26 +203,22 @@ void layer_norm_fwd(const LayerNormFwdArgs& a) {
 }
 
 void layer_norm_bwd(const LayerNormBwdArgs& a) {
-    const int64_t D = a.cols;
-    const std::vector<float> weight = in_fp32(a.weight, a.weight_dtype, D);
+    const int64_t D = a.cols, stride = 2 * padded(D);
     const int64_t grain = std::max<int64_t>(16, (a.rows + 63) / 64);
     const int64_t blocks = (a.rows + grain - 1) / grain;
-    std::vector<float> partials(blocks * 2 * D);
+    const std::unique_ptr<float[]> partials(new float[blocks * stride]);
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
+        const std::vector<float> weight = in_fp32<T>(a.weight, a.weight_dtype, D);
         parallel_for(blocks, [&](int64_t b) {
             backward_rows<T>(a, b * grain, std::min(a.rows, (b + 1) * grain), weight.data(),
-                             partials.data() + b * 2 * D);
+                             partials.get() + b * stride);
+        });
+        with_weight_type<T>(a.weight_dtype, [&](auto type) {
+            using P = decltype(type);
+            sum_blocks<T>(partials.get(), blocks, stride, static_cast<P*>(a.dweight), D);
+            if (a.dbias) sum_blocks<T>(partials.get() + stride / 2, blocks, stride, static_cast<P*>(a.dbias), D);
         });
     })
-    CGPT_WITH_FLOAT_TYPE(a.weight_dtype, P, for_lanes(D, [&](int64_t i, auto n) {
-                             vf dweight{}, dbias{};
-                             for (int64_t block = 0; block < blocks; ++block) {
-                                 dweight += get(partials.data() + block * 2 * D + i, n);
-                                 dbias += get(partials.data() + block * 2 * D + D + i, n);
-                             }
-                             put(static_cast<P*>(a.dweight) + i, dweight, n);
-                             if (a.dbias) put(static_cast<P*>(a.dbias) + i, dbias, n);
-                         }))
 }
 
 }  // namespace cgpt::CGPT_ISA

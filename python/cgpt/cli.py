@@ -287,7 +287,7 @@ def _info(command: Info) -> None:
     print()
     for op, devices in found["ops"].items():
         for device, row in devices.items():
-            print(f"{op:14} {device:5} {row['implementation']:10} {row['why']}")
+            print(f"{op:14} {device:12} {row['implementation']:10} {row['why']}")
 
 
 def _preset(preset) -> dict:

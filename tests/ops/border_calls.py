@@ -20,18 +20,41 @@ def layer_norm_bwd():
         torch.empty(6, 16),
         torch.empty(16),
         torch.empty(16),
+        torch.empty(0, 2, 16),
     ]
+
+
+def layer_norm_workspace():
+    return [torch.randn(6, 16)]
 
 
 def attention_fwd():
     q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
-    return [q, k, k.clone(), True, 0.5, torch.zeros_like(q), torch.zeros(2, 4, 5)]
+    options = [3, 0, 0.5, torch.rand(2, 4), None, None, 0, 0]
+    return [q, k, k.clone(), *options, torch.zeros_like(q), torch.zeros(2, 4, 5)]
+
+
+def attention_check():
+    return attention_fwd()
 
 
 def attention_bwd():
     q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
     inputs = [q, q.clone(), k, k.clone(), q.clone(), torch.zeros(2, 4, 5)]
-    return [*inputs, True, 0.5, torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)]
+    options = [3, 0, 0.5, torch.rand(4), None, None, 0, 0]
+    return [*inputs, *options, torch.zeros(2, 4, 5), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)]
+
+
+def attention_fwd_varlen():
+    q, k = torch.randn(5, 4, 8), torch.randn(7, 2, 8)
+    seqlens = [torch.tensor([0, 2, 2, 5], dtype=torch.int32), torch.tensor([0, 0, 6, 7], dtype=torch.int32)]
+    return [q, k, k.clone(), 3, 0, 0.5, torch.rand(3, 4), *seqlens, 3, 6, torch.zeros_like(q), torch.zeros(4, 5)]
+
+
+def attention_bwd_varlen():
+    q, k, v, *options, out, lse = attention_fwd_varlen()
+    gradients = [torch.zeros_like(x) for x in (q, k, v)]
+    return [q.clone(), q, k, v, out, lse, *options, torch.zeros(4, 5), *gradients]
 
 
 def gelu_mlp_check():
@@ -56,7 +79,20 @@ def embedding_fwd():
 
 
 def embedding_bwd():
-    return [torch.randn(2, 5, 16), torch.randint(0, 9, (2, 5)), torch.zeros(9, 16), torch.zeros(5, 16), -1]
+    return [
+        torch.randn(2, 5, 16),
+        torch.randint(0, 9, (2, 5)),
+        torch.zeros(9, 16),
+        torch.zeros(5, 16),
+        -1,
+        None,
+        None,
+        None,
+    ]
+
+
+def embedding_workspace():
+    return [torch.randint(0, 9, (2, 5))]
 
 
 def cross_entropy_check():
@@ -65,6 +101,14 @@ def cross_entropy_check():
 
 def cross_entropy_rows():
     return [torch.randn(5, 9), torch.randint(0, 9, (5,)), torch.ones(5), torch.zeros(5), -100, 0.0]
+
+
+def cross_entropy_share():
+    return [torch.randint(0, 9, (5,)), -100, torch.zeros(5)]
+
+
+def cross_entropy_total():
+    return [torch.randn(5), torch.randint(0, 9, (5,)), -100, True, torch.zeros(())]
 
 
 def cross_entropy_add():
@@ -80,6 +124,11 @@ def adamw():
     return [high, grads, *states, steps, *scalars, [], lows, torch.tensor(0.5), False]
 
 
+def rotary():
+    x = torch.randn(2, 5, 4, 8)
+    return [x, torch.randn(6, 3), torch.randn(6, 3), torch.zeros_like(x), False, True]
+
+
 def split_master():
     return [torch.randn(3, 5), torch.zeros(3, 5).bfloat16(), torch.zeros(3, 5, dtype=torch.int16)]
 
@@ -89,31 +138,45 @@ def join_master():
 
 
 def grad_norm():
-    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(())]
+    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(()), torch.zeros(0, dtype=torch.float64)]
 
 
-CALLS = {
-    f.__name__: f
+def grad_norm_workspace():
+    return [[torch.randn(3, 5), torch.randn(8).bfloat16()]]
+
+
+# (native function, what makes its arguments)
+CALLS = [
+    (f.__name__.removesuffix("_varlen"), f)
     for f in (
         adamw,
         attention_fwd,
+        attention_fwd_varlen,
         attention_bwd,
+        attention_bwd_varlen,
+        attention_check,
         cross_entropy_add,
         cross_entropy_check,
         cross_entropy_rows,
+        cross_entropy_share,
+        cross_entropy_total,
         embedding_bwd,
         embedding_fwd,
+        embedding_workspace,
         gelu_mlp_bias_grad,
         gelu_mlp_bwd,
         gelu_mlp_check,
         gelu_mlp_fwd,
         grad_norm,
+        grad_norm_workspace,
         join_master,
         layer_norm_bwd,
         layer_norm_fwd,
+        layer_norm_workspace,
+        rotary,
         split_master,
     )
-}
+]
 
 NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, -(2**63), 1e30, float("nan"), float("inf"), True]
 
@@ -155,6 +218,10 @@ def tensors(t):
             yield torch.cat([t, t], d)
             yield t.narrow(d, 0, 0)
             yield t.transpose(0, d).contiguous().transpose(0, d)
-    if t.dtype == torch.int64:
-        for bad in (-1, -101, 2**31, 2**62, -(2**63)):
-            yield torch.full_like(t, bad)
+    if t.dtype in (torch.int32, torch.int64):
+        for bad in (-1, -101, 2**31 - 1, 2**31, 2**62, -(2**31), -(2**63)):
+            if torch.iinfo(t.dtype).min <= bad <= torch.iinfo(t.dtype).max:
+                yield torch.full_like(t, bad)
+                if t.dim() == 1 and len(t) > 1:
+                    for i in range(len(t)):
+                        yield torch.cat([t[:i], t.new_tensor([bad]), t[i + 1 :]])

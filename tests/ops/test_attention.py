@@ -40,7 +40,8 @@ def make(B, Tq, Tk, H, Hkv, D, dtype=torch.float32):
 
 def fwd(q, k, v, causal, scale=None):
     """(out, lse) of the registered op."""
-    return torch.ops.cgpt_ext.attention_fwd(q, k, v, causal, scale or q.shape[-1] ** -0.5, True)
+    options = (-1, 0 if causal else -1, scale or q.shape[-1] ** -0.5, None, None, None, 0, 0)
+    return torch.ops.cgpt_ext.attention_fwd(q, k, v, *options, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,7 +149,8 @@ def test_strides_past_two_to_the_31():
     want = run(attention, q, k, v, True, dout=dout)
     out, lse = fwd(*where, True)
     assert torch.equal(out, want[0])
-    _native.attention_bwd(dout, *(x.clone() for x in (q, k, v)), out, lse, True, D**-0.5, *where)
+    options = (-1, 0, D**-0.5, None, None, None, 0, 0, torch.empty_like(lse))
+    _native.attention_bwd(dout, *(x.clone() for x in (q, k, v)), out, lse, *options, *where)
     assert all(torch.equal(got, x) for got, x in zip(where, want[1:], strict=True))
 
 
@@ -229,16 +231,16 @@ def test_reference_is_softmax_attention():
 @pytest.mark.parametrize("save", [True, False])
 def test_opcheck(save):
     q, k, v, dout = make(2, 6, 9, 4, 2, 8)
-    ops = torch.ops.cgpt_ext
-    torch.library.opcheck(ops.attention_fwd.default, (q, k, v, True, 0.5, save))
+    ops, options = torch.ops.cgpt_ext, (-1, 0, 0.5, None, None, None, 0, 0)
+    torch.library.opcheck(ops.attention_fwd.default, (q, k, v, *options, save))
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    torch.library.opcheck(ops.attention_fwd.default, (*strided, False, 0.5, save))
-    out, lse = ops.attention_fwd(q, k, v, True, 0.5, True)
-    torch.library.opcheck(ops.attention_bwd.default, (dout, *strided, out, lse, True, 0.5))
-    qkv = torch.randn(2, 6, 48)
-    torch.library.opcheck(ops.attention_qkv_fwd.default, (qkv, 2, True, 0.5, save))
-    out, lse = ops.attention_qkv_fwd(qkv, 2, True, 0.5, True)
-    torch.library.opcheck(ops.attention_qkv_bwd.default, (torch.randn_like(out), qkv, out, lse, 2, True, 0.5))
+    torch.library.opcheck(ops.attention_fwd.default, (*strided, *options, save))
+    out, lse = ops.attention_fwd(q, k, v, *options, True)
+    torch.library.opcheck(ops.attention_bwd.default, (dout, *strided, out, lse, *options))
+    qkv, options = torch.randn(2, 6, 48), (2, -1, 0, 0.5, None)
+    torch.library.opcheck(ops.attention_qkv_fwd.default, (qkv, *options, save))
+    out, lse = ops.attention_qkv_fwd(qkv, *options, True)
+    torch.library.opcheck(ops.attention_qkv_bwd.default, (torch.randn_like(out), qkv, out, lse, *options))
 
 
 def test_compiled_equals_eager():

@@ -32,7 +32,7 @@ def test_values_and_gradients(isa, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fp32_weights(isa, dtype):
-    x, _, weight, bias, dy, _ = make((9, 96), dtype, torch.float32)
+    x, _, weight, bias, dy, _ = make((9, 77), dtype, torch.float32)
     compare(layer_norm, layer_norm_ref, torch_layer_norm, (x, weight, bias), dy)
 
 
@@ -47,6 +47,21 @@ def test_large_mean_keeps_its_variance(isa):
     compare(layer_norm, layer_norm_ref, torch_layer_norm, (x, weight, bias), dy)
 
 
+def test_unlike_beginning_keeps_the_variance(isa):
+    x, _, weight, bias, dy, _ = make((3, 1 << 15), torch.float32)
+    x[:, :32] += 3000.0  # the first pass is centred on these, 32 standard deviations from the mean
+    compare(layer_norm, layer_norm_ref, torch_layer_norm, (x, weight, bias), dy)
+
+
+@pytest.mark.parametrize("width", [96, 101])
+def test_sum_is_rounded_as_torch_rounds(isa, width):
+    x, residual = torch.randint(-(1 << 15), 1 << 15, (2, 50, width)).to(torch.int16).view(torch.bfloat16)
+    residual[::2] = x[::2] * 2.0**-8  # about half of these sums are halfway between two values
+    weight = torch.ones(width, dtype=torch.bfloat16)
+    _, h = layer_norm(x, weight, residual=residual)
+    torch.testing.assert_close(h, x + residual, rtol=0, atol=0, equal_nan=True)
+
+
 def test_strided_input_and_empty_batch(isa):
     x, _, weight, bias, dy, _ = make((6, 64), torch.bfloat16)
     wide = torch.randn(6, 3, 64).to(torch.bfloat16)
@@ -57,10 +72,18 @@ def test_strided_input_and_empty_batch(isa):
     assert torch.equal(out[2], torch.zeros_like(weight))
 
 
+def test_nan_outlives_rounding(isa):
+    x, weight = torch.randn(2, 64).bfloat16(), torch.ones(64)
+    bias = torch.full((64,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounded up, it would be -0
+    assert layer_norm(x, weight, bias).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("column", [7, 58])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_comes_out(isa, bad):
-    x, _, weight, bias, _, _ = make((3, 64), torch.float32)
-    x[1, 7] = bad
+def test_non_finite_comes_out(isa, bad, column, dtype):
+    x, _, weight, bias, _, _ = make((3, 64), dtype)
+    x[1, column] = bad
     y = layer_norm(x, weight, bias)
     assert y[1].isnan().all()
     assert y[[0, 2]].isfinite().all()
