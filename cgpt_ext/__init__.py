@@ -1,7 +1,7 @@
 """Fused GPT kernels as drop-in torch functions, modules and optimizers.
 
     from cgpt_ext import attention, cross_entropy, embedding, gelu_mlp, layer_norm     # functions
-    from cgpt_ext import adamw_, grad_norm
+    from cgpt_ext import adamw_, grad_norm, rotary
     from cgpt_ext.nn import CausalSelfAttention, Embedding, GeluMLP, LayerNorm         # modules
     from cgpt_ext.optim import AdamW                                                   # optimizer
 
@@ -15,6 +15,7 @@ from cgpt_ext.ops.embedding import embedding, embedding_ref
 from cgpt_ext.ops.gelu_mlp import gelu_mlp, gelu_mlp_ref
 from cgpt_ext.ops.grad_norm import grad_norm, grad_norm_ref
 from cgpt_ext.ops.layer_norm import layer_norm, layer_norm_ref
+from cgpt_ext.ops.rotary import rotary, rotary_ref
 
 __all__ = [
     "adamw_",
@@ -34,5 +35,7 @@ __all__ = [
     "join_master",
     "layer_norm",
     "layer_norm_ref",
+    "rotary",
+    "rotary_ref",
     "split_master",
 ]

@@ -26,26 +26,41 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
     },
     "grad_norm": {
         "cpu": ("native", "double sums at memory speed; torch's fp32 sums lose four digits over 96M elements"),
-        "cuda": ("reference", "plain torch in double: there is no CUDA kernel yet"),
+        "cuda": ("native", "two launches for all gradients, the CPU's bits; not yet run on a GPU"),
     },
     "attention": {
         "cpu": ("native", "fp32 blocks in cache: 1.2 to 2.1 times SDPA on a Zen 4, both directions"),
         "cuda": ("native", "tensor cores, bf16 and fp16; not yet run on a GPU"),
         "cuda float32": ("triton", "products in full fp32; not yet run on a GPU"),
     },
-    "embedding": {"cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order")},
+    "embedding": {
+        "cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order"),
+        "cuda": ("native", "one pass; gradients from sorted ids, without atomics; not yet run on a GPU"),
+    },
     "gelu_mlp": {"cpu": ("native", "torch's matrix products with fused epilogues; level with torch, GEMM-bound")},
     "cross_entropy": {
         "cpu": (
             "native",
             "chunks of tokens, so logits are never whole; 1.1 to 1.3 times torch on a Zen 4, GEMM-bound",
-        )
+        ),
+        "cuda": ("native", "torch's matrix products, loss and gradient in one visit between; not yet run on a GPU"),
     },
-    "layer_norm": {"cpu": ("native", "1.2 to 1.4 times torch in bf16 and level in fp32 on a Zen 4")},
+    "layer_norm": {
+        "cpu": ("native", "1.2 to 1.4 times torch in bf16 and level in fp32 on a Zen 4"),
+        "cuda": ("native", "one read of each row, both directions; not yet run on a GPU"),
+    },
+    "rotary": {
+        "cpu": ("native", "one pass over strided heads, in fp32"),
+        "cuda": ("native", "one pass over strided heads, in fp32; not yet run on a GPU"),
+    },
 }
 
 # What can be asked for by name where it is more than the kernel of the table and the reference.
-BESIDES: dict[str, tuple[str, ...]] = {"adamw": ("triton",), "attention": ("triton",)}
+BESIDES: dict[str, tuple[str, ...]] = {
+    "adamw": ("triton",),
+    "attention": ("triton",),
+    "layer_norm": ("triton",),
+}
 
 # What `use` has in force. It is the process's, not the thread's or task's: autograd runs the backward pass of CUDA
 # tensors on a thread of its own, which would see no context variable and take the table's implementation in silence.

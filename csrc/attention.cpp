@@ -34,13 +34,11 @@ void check_like(const char* name, const View& v, const View& like) {
 }
 
 // On the CPU also what cu_seqlens says; on a GPU that would take a synchronisation, and the kernels clamp.
-void check_seqlens(const std::string& name, const View& cu, const View& q, int64_t total, int64_t longest) {
-    Arg(kOp, "cu_seqlens_" + name, cu).on(q).dtype({DType::i32}).ndim(1).contiguous();
-    if (cu.size[0] == 0) fail(kOp, "cu_seqlens_" + name, "(B + 1,)", shape_of(cu));
+void check_seqlens(const std::string& name, const View& cu, const View& q, int64_t B, int64_t total, int64_t longest) {
+    Arg(kOp, "cu_seqlens_" + name, cu).on(q).dtype({DType::i32}).shape({B + 1}).contiguous();
     if (longest < 0) fail(kOp, "max_seqlen_" + name, "at least 0", std::to_string(longest));
     if (cu.device != Device::cpu) return;
     const int32_t* at = cu.as<int32_t>();
-    const int64_t B = cu.size[0] - 1;
     if (at[0] != 0) fail(kOp, "cu_seqlens_" + name, "0 at first", std::to_string(at[0]));
     for (int64_t b = 0; b < B; ++b) {
         const int64_t length = static_cast<int64_t>(at[b + 1]) - at[b];
@@ -84,10 +82,11 @@ AttentionShape check_inputs(const View& q, const View& k, const View& v, const O
     const int64_t total_q = q.size[heads - 1], total_k = k.size[heads - 1];
     int64_t Tq = total_q, Tk = total_k;
     if (varlen) {
-        check_seqlens("q", *o.cu_seqlens_q, q, total_q, o.max_seqlen_q);
-        check_seqlens("k", *o.cu_seqlens_k, q, total_k, o.max_seqlen_k);
-        B = o.cu_seqlens_q->size[0] - 1;
-        Arg(kOp, "cu_seqlens_k", *o.cu_seqlens_k).shape({B + 1});
+        const View& cu = *o.cu_seqlens_q;
+        if (cu.ndim != 1 || cu.size[0] == 0) fail(kOp, "cu_seqlens_q", "(B + 1,)", shape_of(cu));
+        B = cu.size[0] - 1;
+        check_seqlens("q", cu, q, B, total_q, o.max_seqlen_q);
+        check_seqlens("k", *o.cu_seqlens_k, q, B, total_k, o.max_seqlen_k);
         Tq = std::min(total_q, o.max_seqlen_q);
         Tk = std::min(total_k, o.max_seqlen_k);
     }

@@ -59,14 +59,28 @@ void embedding_fwd(const View& ids, const View& wte, const std::optional<View>& 
     }
     check_rows("out", out, ids, wte.size[1]);
     Arg(kOp, "out", out).dtype({wte.dtype});
+    const EmbeddingFwdArgs args = {ids.as<int64_t>(),
+                                   wte.data,
+                                   data_or_null<void>(wpe),
+                                   wte.stride[0],
+                                   wpe ? wpe->stride[0] : 0,
+                                   out.data,
+                                   ids.numel(),
+                                   time_of(ids),
+                                   wte.size[1],
+                                   wte.size[0],
+                                   wte.dtype};
+#if defined(CGPT_CUDA)
+    if (ids.device == Device::cuda) return embedding_fwd_cuda(args, ids.device_id);
+#endif
     if (ids.device != Device::cpu) fail_device(kOp, ids);
     check_range(ids, wte.size[0]);
-    embedding_fwd_cpu({ids.as<int64_t>(), wte.data, data_or_null<void>(wpe), wte.stride[0], wpe ? wpe->stride[0] : 0,
-                       out.data, ids.numel(), time_of(ids), wte.size[1], wte.dtype});
+    embedding_fwd_cpu(args);
 }
 
 void embedding_bwd(const View& dout, const View& ids, const std::optional<View>& dwte, const std::optional<View>& dwpe,
-                   int64_t padding_idx) {
+                   int64_t padding_idx, const std::optional<View>& sorted, const std::optional<View>& order,
+                   const std::optional<View>& workspace) {
     Arg(kOp, "ids", ids).dtype({DType::i64}).contiguous();
     const int64_t cols = dout.ndim ? dout.size[dout.ndim - 1] : 0;
     check_rows("dout", dout, ids, cols);
@@ -76,10 +90,44 @@ void embedding_bwd(const View& dout, const View& ids, const std::optional<View>&
         Arg(kOp, "dwpe", *dwpe).on(ids).dtype({dout.dtype}).shape({-1, cols}).contiguous();
         check_positions("dwpe", *dwpe, ids);
     }
+    const int64_t segments = embedding_workspace(ids), tokens = ids.numel();
+    auto check_sorted = [&](const char* name, const std::optional<View>& v) {
+        if (v) Arg(kOp, name, *v).on(ids).dtype({DType::i64}).shape({tokens}).contiguous();
+        if (!v && dwte && segments != 0) fail(kOp, name, "given with dwte on a GPU", "None");
+    };
+    check_sorted("sorted", sorted);
+    check_sorted("order", order);
+    if (workspace)
+        Arg(kOp, "workspace", *workspace).on(ids).dtype({DType::f32}).shape({segments, 2, cols}).contiguous();
+    else if (dwte && segments != 0)
+        fail(kOp, "workspace", "given with dwte on a GPU", "None");
+    const EmbeddingBwdArgs args = {dout.data,
+                                   ids.as<int64_t>(),
+                                   data_or_null<void>(dwte),
+                                   data_or_null<void>(dwpe),
+                                   tokens,
+                                   time_of(ids),
+                                   cols,
+                                   padding_idx,
+                                   dwte ? dwte->size[0] : 0,
+                                   dout.dtype,
+                                   data_or_null<int64_t>(sorted),
+                                   data_or_null<int64_t>(order),
+                                   data_or_null<float>(workspace)};
+#if defined(CGPT_CUDA)
+    if (ids.device == Device::cuda) return embedding_bwd_cuda(args, ids.device_id);
+#endif
     if (ids.device != Device::cpu) fail_device(kOp, ids);
     if (dwte) check_range(ids, dwte->size[0]);
-    embedding_bwd_cpu({dout.data, ids.as<int64_t>(), data_or_null<void>(dwte), data_or_null<void>(dwpe), ids.numel(),
-                       time_of(ids), cols, padding_idx, dout.dtype});
+    embedding_bwd_cpu(args);
+}
+
+int64_t embedding_workspace(const View& ids) {
+    Arg(kOp, "ids", ids).dtype({DType::i64}).contiguous();
+#if defined(CGPT_CUDA)
+    if (ids.device == Device::cuda) return embedding_segments(ids.numel());
+#endif
+    return 0;
 }
 
 }  // namespace cgpt

@@ -22,6 +22,8 @@ struct LayerNormBwdArgs {
     const void *h, *weight;
     const float *mean, *rstd;
     void *dx, *dweight, *dbias;  // dbias may be null
+    float* partials;             // (partials_count, 2, cols), what blocks of rows add to dweight and dbias; CUDA only
+    int64_t partials_count;
     int64_t rows, cols;
     DType dtype, weight_dtype;
 };
@@ -32,7 +34,16 @@ void layer_norm_fwd(const View& x, const std::optional<View>& residual, const Vi
 
 void layer_norm_bwd(const View& dout, const std::optional<View>& dh, const View& h, const View& weight,
                     const View& mean, const View& rstd, const View& dx, const View& dweight,
-                    const std::optional<View>& dbias);
+                    const std::optional<View>& dbias, const std::optional<View>& workspace);
+
+// How many (2, D) fp32 partial sums layer_norm_bwd's workspace must hold for h: 0 on a CPU, which needs none.
+int64_t layer_norm_workspace(const View& h);
+
+#if defined(CGPT_CUDA)
+void layer_norm_fwd_cuda(const LayerNormFwdArgs& args, int device_id);
+void layer_norm_bwd_cuda(const LayerNormBwdArgs& args, int device_id);
+int64_t layer_norm_workspace_cuda(int64_t rows, int64_t cols, DType dtype, int device_id);
+#endif
 
 }  // namespace cgpt
 

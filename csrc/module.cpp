@@ -12,6 +12,7 @@
 #include "gelu_mlp.h"
 #include "grad_norm.h"
 #include "layer_norm.h"
+#include "rotary.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -44,17 +45,23 @@ PYBIND11_MODULE(_native, m) {
     m.def("join_master", &join_master, nogil);
     m.def("grad_norm", &grad_norm, nogil);
     m.def("attention_check", &attention_check, nogil);
+    m.def("grad_norm_workspace", &grad_norm_workspace, nogil);
     m.def("attention_fwd", &attention_fwd, nogil);
     m.def("attention_bwd", &attention_bwd, nogil);
     m.def("embedding_fwd", &embedding_fwd, nogil);
     m.def("embedding_bwd", &embedding_bwd, nogil);
+    m.def("embedding_workspace", &embedding_workspace, nogil);
     m.def("gelu_mlp_check", &gelu_mlp_check, nogil);
     m.def("gelu_mlp_fwd", &gelu_mlp_fwd, nogil);
     m.def("gelu_mlp_bwd", &gelu_mlp_bwd, nogil);
     m.def("gelu_mlp_bias_grad", &gelu_mlp_bias_grad, nogil);
     m.def("cross_entropy_check", &cross_entropy_check, nogil);
     m.def("cross_entropy_rows", &cross_entropy_rows, nogil);
+    m.def("cross_entropy_share", &cross_entropy_share, nogil);
+    m.def("cross_entropy_total", &cross_entropy_total, nogil);
     m.def("cross_entropy_add", &cross_entropy_add, nogil);
+    m.def("rotary", &rotary, nogil);
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
+    m.def("layer_norm_workspace", &layer_norm_workspace, nogil);
 }

@@ -24,8 +24,8 @@ def test_use_is_scoped_and_refuses_what_is_not_there():
     with pytest.raises(TypeError, match="layer_norm: x must be float32"):
         layer_norm(x, weight)
     with (
-        pytest.raises(ValueError, match="layer_norm must be native or reference, got triton"),
-        dispatch.use(layer_norm="triton"),
+        pytest.raises(ValueError, match="grad_norm must be native or reference, got triton"),
+        dispatch.use(grad_norm="triton"),
     ):
         pass
     with pytest.raises(ValueError, match=r"op must be one of .*, got softmax"), dispatch.use(softmax="native"):
@@ -57,13 +57,21 @@ def test_the_narrower_row_stands_first(monkeypatch):
         assert sorted(dispatch.implementations("layer_norm", "cuda")) == ["native", "triton"]
     assert dispatch.implementations("layer_norm", "cpu") == ["native"]
     assert dispatch.report()["ops"]["layer_norm"]["cuda sm_90"] == {"implementation": "triton", "why": "why"}
-    with pytest.raises(ValueError, match="layer_norm: tensors must be on cpu or cuda, got mps"):
-        dispatch.implementation("layer_norm", "mps")
 
 
 def test_unserved_device_is_named():
     with pytest.raises(ValueError, match=r"layer_norm: tensors must be on cpu.*, got mps"):
         dispatch.implementation("layer_norm", "mps")
+
+
+def test_a_dtype_may_have_its_own_row():
+    assert dispatch.implementation("attention", "cuda", torch.bfloat16) == "native"
+    assert dispatch.implementation("attention", "cuda", torch.float32) == "triton"
+    assert dispatch.implementation("attention", "cpu", torch.float32) == "native"
+    with dispatch.use(attention="native"):
+        assert dispatch.implementation("attention", "cuda", torch.float32) == "native"
+    with pytest.raises(ValueError, match="attention: tensors must be on cpu or cuda, got mps"):
+        dispatch.implementation("attention", "mps", torch.float32)
 
 
 def test_cpu_isa_is_scoped_and_refuses_by_name():

@@ -16,19 +16,19 @@ _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 def direct(*arguments) -> bool:
     """Whether a launcher may be called on `arguments` as they are, without torch's dispatcher.
 
-    Lists are judged by their first tensor.
+    Lists are judged by their first tensor. Where the first argument is no meta tensor none should be, and the border
+    says so.
     """
     if torch.compiler.is_compiling():
         return False
     for x in arguments:
         if type(x) is list:
             x = x[0] if x else None
-        if type(x) in _PLAIN:
-            if x.is_meta:
-                return False
-        elif isinstance(x, torch.Tensor):
+        if type(x) not in _PLAIN and isinstance(x, torch.Tensor):
             return False
-    return True
+    first = arguments[0]
+    first = first[0] if type(first) is list and first else first
+    return not (isinstance(first, torch.Tensor) and first.is_meta)
 
 
 def register(schema: str, launch: Callable, fake: Callable) -> Callable:

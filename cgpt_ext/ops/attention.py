@@ -55,7 +55,7 @@ def attention(
     windows = _windows("attention", window_size, causal)
     if reference_chosen("attention"):
         return attention_ref(q, k, v, causal, softmax_scale, window_size, alibi_slopes)
-    options = (*windows, _scale(q, softmax_scale), alibi_slopes, None, None, 0, 0)
+    options = (*windows, _scale(q, softmax_scale), _constant(alibi_slopes), None, None, 0, 0)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, *options)
     return _fwd(q, k, v, *options, False)[0]
@@ -95,9 +95,10 @@ def attention_qkv(
     if reference_chosen("attention"):
         return attention_ref(*_heads(qkv, n_head), causal, softmax_scale, window_size, alibi_slopes).flatten(2)
     scale = (3 * n_head / max(qkv.shape[-1], 1)) ** 0.5 if softmax_scale is None else float(softmax_scale)
+    options = (n_head, *windows, scale, _constant(alibi_slopes))
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _AttentionQKV.apply(qkv, n_head, *windows, scale, alibi_slopes)
-    return _qkv_fwd(qkv, n_head, *windows, scale, alibi_slopes, False)[0]
+        return _AttentionQKV.apply(qkv, *options)
+    return _qkv_fwd(qkv, *options, False)[0]
 
 
 def attention_varlen(
@@ -153,7 +154,7 @@ def attention_varlen(
             alibi_slopes,
         )
     seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = (*windows, _scale(q, softmax_scale), alibi_slopes, *seqlens)
+    options = (*windows, _scale(q, softmax_scale), _constant(alibi_slopes), *seqlens)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, *options)
     return _fwd(q, k, v, *options, False)[0]
@@ -223,6 +224,10 @@ def _windows(op, window_size, causal):
     if not isinstance(window_size, (tuple, list)) or [isinstance(w, int) for w in window_size] != [True, True]:
         raise TypeError(f"{op}: window_size must be two ints, got {window_size!r}")
     return window_size[0], 0 if causal else window_size[1]
+
+
+def _constant(alibi_slopes):
+    return alibi_slopes.detach() if alibi_slopes is not None and alibi_slopes.requires_grad else alibi_slopes
 
 
 def _heads(qkv, n_head):

@@ -9,7 +9,9 @@ there, is Liger-Kernel's (arXiv 2410.10989); the z-loss is PaLM's (arXiv 2204.02
 products by torch's GEMM, and between them one native pass that makes the losses and turns logits into dlogits in place.
 
 N tokens, D d_model, V vocab. fp16 on a CPU multiplies in fp32: torch's fp16 GEMM is a hundred times slower on machines
-without AVX512-FP16, and dlogits / N, about 1e-8, is below fp16's range.
+without AVX512-FP16, and dlogits / N, about 1e-8, is below fp16's range; the latter holds on a GPU too.
+
+Nothing waits for a GPU: counts and sums over the tokens stay there, so a CUDA graph may hold the call.
 """
 
 import torch
@@ -23,7 +25,7 @@ from cgpt_ext.ops._torch import autocast, direct, register, require_tensors
 # A chunk's logits: 1335 tokens of bf16 at V = 50257, enough that summing dW over the chunks costs little beside the
 # products, and about what dW itself takes.
 LOGITS_BYTES = 128 << 20
-# A slab of dW between its product and its sum: it should still be in the cache.
+# A slab of dW between its product and its sum: it should still be in a CPU's cache. A GPU takes all of dW at once.
 SLAB_BYTES = 6 << 20
 
 
@@ -42,7 +44,8 @@ def cross_entropy(
     Args:
         x: (..., D) in fp32, bf16 or fp16, any strides.
         weight: (V, D) in x's dtype, any strides.
-        target: (...) int64, each in [0, vocab_size) or ignore_index.
+        target: (...) int64, each in [0, vocab_size) or ignore_index. A GPU's targets are not read back: one out of
+            range makes its loss and its gradients NaN instead of raising.
         ignore_index: targets of this value have loss and gradient 0 and do not count in the mean.
         z_loss: weight of lse², which keeps the logits from drifting.
         reduction: "mean" over the targets not ignored, "sum", or "none".
@@ -138,42 +141,53 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _launch_fwd(x, weight, target, ignore_index, z_loss, reduction, vocab_size, chunk_tokens, need_dx, need_dweight):
-    implementation("cross_entropy", x.device.type)
     target = target.contiguous()
-    counted = _native.cross_entropy_check(x, weight, target, ignore_index, vocab_size)
-    rows = target.numel()
+    _native.cross_entropy_check(x, weight, target, ignore_index, vocab_size)
+    target = target.view(-1)
     dout = None
     if need_dx or need_dweight:
-        scale = 1.0 / max(counted, 1) if reduction == "mean" else 1.0
-        dout = torch.full((rows,), scale, dtype=torch.float32, device=x.device)
-    losses, total, dx, dweight = _walk(
+        dout = torch.ones(target.shape, dtype=torch.float32, device=x.device)
+        if reduction == "mean":
+            _native.cross_entropy_share(target, ignore_index, dout)
+    losses, dx, dweight = _walk(
         x, weight, target, dout, ignore_index, z_loss, vocab_size, chunk_tokens, need_dx, need_dweight
     )
     if reduction == "none":
         return losses, dx, dweight
-    if reduction == "mean":
-        total = total / counted if counted else float("nan")
-    return torch.tensor(total, dtype=torch.float32, device=x.device), dx, dweight
+    loss = torch.empty((), dtype=torch.float32, device=x.device)
+    _native.cross_entropy_total(losses, target, ignore_index, reduction == "mean", loss)
+    return loss, dx, dweight
 
 
 def _launch_bwd(dout, x, weight, target, ignore_index, z_loss, vocab_size, chunk_tokens, need_dx, need_dweight):
-    implementation("cross_entropy", x.device.type)
     target = target.contiguous()
     _native.cross_entropy_check(x, weight, target, ignore_index, vocab_size)
-    _, _, dx, dweight = _walk(
-        x, weight, target, dout.contiguous(), ignore_index, z_loss, vocab_size, chunk_tokens, need_dx, need_dweight
+    _, dx, dweight = _walk(
+        x,
+        weight,
+        target.view(-1),
+        dout.contiguous(),
+        ignore_index,
+        z_loss,
+        vocab_size,
+        chunk_tokens,
+        need_dx,
+        need_dweight,
     )
     return dx, dweight
 
 
 def _walk(x, weight, target, dout, ignore_index, z_loss, vocab_size, chunk_tokens, need_dx, need_dweight):
-    """Losses (N,), their sum, and with `dout` (N,) the gradients asked for, chunk by chunk of tokens.
+    """Losses (N,), and with `dout` (N,) the gradients asked for, chunk by chunk of tokens.
 
     dW's bf16 products are summed in fp32 and rounded once: the first chunk's lies in dweight itself, an fp32 buffer is
     needed only from the third chunk on.
     """
+    rows_of = _native.cross_entropy_rows
+    if implementation("cross_entropy", x.device.type) == "triton":
+        from cgpt_ext.triton.cross_entropy import cross_entropy_rows_triton as rows_of
     shape, width, padded = x.shape, x.shape[-1], weight.shape[0]
-    x, weight, target = x.reshape(-1, width), weight[:vocab_size], target.view(-1)
+    x, weight = x.reshape(-1, width), weight[:vocab_size]
     if x.dtype == torch.float16:
         x, weight = x.float(), weight.float()
     rows, dtype = x.shape[0], x.dtype
@@ -185,19 +199,18 @@ def _walk(x, weight, target, dout, ignore_index, z_loss, vocab_size, chunk_token
     dweight = x.new_empty(padded, width) if need_dweight else x.new_empty(0)
     if need_dweight:
         dweight[vocab_size if chunks else 0 :].zero_()
-        slab = min(vocab_size, max(64, SLAB_BYTES // (width * dtype.itemsize)))
+        slab = vocab_size if x.is_cuda else min(vocab_size, max(64, SLAB_BYTES // (width * dtype.itemsize)))
         product = x.new_empty(slab if chunks > 1 and dtype != torch.float32 else 0, width)
         wide = x.new_empty(vocab_size if chunks > 2 and dtype != torch.float32 else 0, width, dtype=torch.float32)
     scratch = x.new_empty(min(chunk, rows), _row_stride(vocab_size, dtype.itemsize))
 
-    total = 0.0
     for c in range(chunks):
         span = slice(c * chunk, min(rows, (c + 1) * chunk))
         tokens = x[span]
         logits = scratch[: tokens.shape[0], :vocab_size]
         torch.mm(tokens, weight.T, out=logits)
         factors = None if dout is None else dout[span]
-        total += _native.cross_entropy_rows(logits, target[span], factors, losses[span], ignore_index, z_loss)
+        rows_of(logits, target[span], factors, losses[span], ignore_index, z_loss)
         if need_dx:
             torch.mm(logits, weight, out=dx[span])
         for begin in range(0, vocab_size, slab) if need_dweight else ():
@@ -212,7 +225,7 @@ def _walk(x, weight, target, dout, ignore_index, z_loss, vocab_size, chunk_token
                 running = wide[begin : begin + slab]
                 before, after = (out if c == 1 else running), (out if c == chunks - 1 else running)
                 _native.cross_entropy_add(before, part, after)
-    return losses, total, dx.view(shape) if need_dx else dx, dweight
+    return losses, dx.view(shape) if need_dx else dx, dweight
 
 
 def _chunk_size(rows, vocab_size, itemsize, chunk_tokens):

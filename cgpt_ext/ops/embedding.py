@@ -20,7 +20,8 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, padding_idx: 
     """Looks rows of `wte` up by id, and adds row t of `wpe` at position t.
 
     Args:
-        ids: int64 in [0, V), (B, T), or of any shape without wpe.
+        ids: int64 in [0, V), (B, T), or of any shape without wpe. A GPU's ids are not read back: one out of range
+            gives a row of NaN, and no gradient, instead of raising.
         wte: (V, D) in fp32, bf16 or fp16, rows contiguous.
         wpe: (T_max, D) in wte's dtype with T_max >= T, rows contiguous, or None.
         padding_idx: the id whose row gets no gradient, in [-V, V), or None.
@@ -88,7 +89,13 @@ def _launch_fwd(ids, wte, wpe):
 def _launch_bwd(dout, ids, vocabulary, positions, padding_idx, output_mask):
     dwte = dout.new_zeros(vocabulary, dout.shape[-1]) if output_mask[0] else None
     dwpe = dout.new_zeros(positions, dout.shape[-1]) if output_mask[1] else None
-    _native.embedding_bwd(dout.contiguous(), ids.contiguous(), dwte, dwpe, padding_idx)
+    ids = ids.contiguous()
+    ordered, order, workspace = None, None, None
+    segments = _native.embedding_workspace(ids) if output_mask[0] else 0
+    if segments:  # the kernel wants the ids sorted: runs of equal ids, in token order
+        ordered, order = torch.sort(ids.view(-1), stable=True)
+        workspace = torch.empty(segments, 2, dout.shape[-1], dtype=torch.float32, device=dout.device)
+    _native.embedding_bwd(dout.contiguous(), ids, dwte, dwpe, padding_idx, ordered, order, workspace)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in (dwte, dwpe))
 
 

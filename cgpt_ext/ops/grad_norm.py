@@ -1,7 +1,7 @@
 """The global L2 norm of a list of gradients: sqrt of the sum of all squares (Pascanu et al. 2013, arXiv 1211.5063).
 
 Squares and sums are in double, in an order that the list alone decides: the bits depend neither on the thread count
-nor on the instruction set, and nothing that the inputs can hold overflows on the way.
+nor on the instruction set nor on the device, and nothing that the inputs can hold overflows on the way.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,10 @@ def _launch(grads):
     if implementation("grad_norm", grads[0].device.type) == "reference":
         return grad_norm_ref(grads)
     norm = torch.empty((), device=grads[0].device)
-    _native.grad_norm([_in_memory_order(grad.detach()) for grad in grads], norm)
+    grads = [_in_memory_order(grad.detach()) for grad in grads]
+    chunks = _native.grad_norm_workspace(grads)
+    workspace = torch.empty(chunks, dtype=torch.float64, device=norm.device) if chunks else None
+    _native.grad_norm(grads, norm, workspace)
     return norm
 
 

@@ -85,32 +85,43 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _launch_fwd(x, weight, bias, residual, eps, save_statistics):
-    implementation("layer_norm", x.device.type)
+    run = _native.layer_norm_fwd
+    if implementation("layer_norm", x.device.type) == "triton":
+        from cgpt_ext.triton.layer_norm import layer_norm_fwd_triton as run
     x = x.contiguous()
     y = torch.empty_like(x)
     if residual is None:
         h = x.new_empty(0)
-        native_h = None
+        stored_h = None
     else:
         residual = residual.contiguous()
-        h = native_h = torch.empty_like(x)
+        h = stored_h = torch.empty_like(x)
     if not save_statistics:
-        _native.layer_norm_fwd(x, residual, weight, bias, eps, y, native_h, None, None)
+        run(x, residual, weight, bias, eps, y, stored_h, None, None)
         return y, h, x.new_empty(0), x.new_empty(0)
     rows = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    _native.layer_norm_fwd(x, residual, weight, bias, eps, y, native_h, mean, rstd)
+    run(x, residual, weight, bias, eps, y, stored_h, mean, rstd)
     return y, h, mean, rstd
 
 
 def _launch_bwd(dout, dh, h, weight, mean, rstd, has_bias):
+    chosen = implementation("layer_norm", h.device.type)
     h = h.contiguous()
     dx = torch.empty_like(h)
     dweight = torch.empty_like(weight)
     dbias = torch.empty_like(weight) if has_bias else weight.new_empty(0)
     dh = None if dh is None else dh.contiguous()
-    _native.layer_norm_bwd(dout.contiguous(), dh, h, weight, mean, rstd, dx, dweight, dbias if has_bias else None)
+    arguments = (dout.contiguous(), dh, h, weight, mean, rstd, dx, dweight, dbias if has_bias else None)
+    if chosen == "triton":
+        from cgpt_ext.triton.layer_norm import layer_norm_bwd_triton
+
+        layer_norm_bwd_triton(*arguments)
+        return dx, dweight, dbias
+    partials = _native.layer_norm_workspace(h)
+    workspace = h.new_empty(partials, 2, h.shape[-1], dtype=torch.float32) if partials else None
+    _native.layer_norm_bwd(*arguments, workspace)
     return dx, dweight, dbias
 
 

@@ -10,8 +10,8 @@
 namespace cgpt::CGPT_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1 << 15;
-constexpr int kSums = 32;  // two of the widest vectors, so that every instruction set adds in one order
+constexpr int64_t kChunk = kGradNormChunk;
+constexpr int kSums = kGradNormSums;  // two of the widest vectors, so that every instruction set adds in one order
 constexpr int kHalf = W / 2;
 
 // The doubles that half a vector of floats widens to; gcc 12 converts these by halves or elements without being told.
@@ -36,6 +36,12 @@ CGPT_INLINE void add_squares(vd* sums, vf x) {
 #endif
 }
 
+double folded(double* sums, int n) {
+    for (int half = n / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
+}
+
 template <class T>
 double sum_of_squares(const T* x, int64_t n) {
     vd sums[kSums / kHalf] = {};
@@ -45,9 +51,7 @@ double sum_of_squares(const T* x, int64_t n) {
     for (int lane = 0; i < n; lane += W, i += W) add_squares(sums + lane / kHalf, load_n(x + i, n - i < W ? n - i : W));
     double lanes[kSums];
     std::memcpy(lanes, sums, sizeof lanes);
-    for (int half = kSums / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    return lanes[0];
+    return folded(lanes, kSums);
 }
 
 }  // namespace
@@ -65,9 +69,9 @@ void grad_norm(const GradNormArgs& a) {
         const int64_t begin = chunks[i].begin, n = t.numel - begin < kChunk ? t.numel - begin : kChunk;
         CGPT_WITH_FLOAT_TYPE(t.dtype, T, sums[i] = sum_of_squares(static_cast<const T*>(t.data) + begin, n))
     });
-    double total = 0.0;
-    for (double s : sums) total += s;
-    *a.norm = static_cast<float>(std::sqrt(total));
+    double totals[kGradNormTotals] = {};
+    for (size_t i = 0; i < sums.size(); ++i) totals[i % kGradNormTotals] += sums[i];
+    *a.norm = static_cast<float>(std::sqrt(folded(totals, kGradNormTotals)));
 }
 
 }  // namespace cgpt::CGPT_ISA

@@ -27,6 +27,7 @@ __device__ __forceinline__ T* shared_memory() {
 struct Shared {
     uint32_t address;
     __device__ __forceinline__ Shared operator+(int bytes) const { return {address + uint32_t(bytes)}; }
+    __device__ __forceinline__ Shared operator^(int bytes) const { return {address ^ uint32_t(bytes)}; }
 };
 
 __device__ __forceinline__ Shared shared_at(const void* p) {
@@ -108,6 +109,15 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// No instruction: from here on the compiler takes x for a new value. What it has worked out from the old one, such as
+// eight fp32 of eight bf16, is then worked out again rather than kept in registers.
+template <class T>
+__device__ __forceinline__ void recompute(Vec<T>& x) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(x) / 4); ++i)
+        asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&x)[i]));
 }
 
 // bar.sync: waits until `threads` threads (whole warps) have come to barrier `id` (1 to 15; 0 is __syncthreads').

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_adamw import SHAPES, State, same_bits, twin  # tests/ops/test_adamw.py
 
 from cgpt_ext import adamw_ref
 from emulator import emulated
 from numerics import DTYPES
+from test_adamw import SHAPES, State, same_bits, twin  # tests/ops/test_adamw.py
 
 
 @pytest.mark.parametrize("grad_dtype", DTYPES)

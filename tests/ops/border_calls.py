@@ -20,7 +20,12 @@ def layer_norm_bwd():
         torch.empty(6, 16),
         torch.empty(16),
         torch.empty(16),
+        torch.empty(0, 2, 16),
     ]
+
+
+def layer_norm_workspace():
+    return [torch.randn(6, 16)]
 
 
 def attention_fwd():
@@ -74,7 +79,20 @@ def embedding_fwd():
 
 
 def embedding_bwd():
-    return [torch.randn(2, 5, 16), torch.randint(0, 9, (2, 5)), torch.zeros(9, 16), torch.zeros(5, 16), -1]
+    return [
+        torch.randn(2, 5, 16),
+        torch.randint(0, 9, (2, 5)),
+        torch.zeros(9, 16),
+        torch.zeros(5, 16),
+        -1,
+        None,
+        None,
+        None,
+    ]
+
+
+def embedding_workspace():
+    return [torch.randint(0, 9, (2, 5))]
 
 
 def cross_entropy_check():
@@ -83,6 +101,14 @@ def cross_entropy_check():
 
 def cross_entropy_rows():
     return [torch.randn(5, 9), torch.randint(0, 9, (5,)), torch.ones(5), torch.zeros(5), -100, 0.0]
+
+
+def cross_entropy_share():
+    return [torch.randint(0, 9, (5,)), -100, torch.zeros(5)]
+
+
+def cross_entropy_total():
+    return [torch.randn(5), torch.randint(0, 9, (5,)), -100, True, torch.zeros(())]
 
 
 def cross_entropy_add():
@@ -98,6 +124,11 @@ def adamw():
     return [high, grads, *states, steps, *scalars, [], lows, torch.tensor(0.5), False]
 
 
+def rotary():
+    x = torch.randn(2, 5, 4, 8)
+    return [x, torch.randn(6, 3), torch.randn(6, 3), torch.zeros_like(x), False, True]
+
+
 def split_master():
     return [torch.randn(3, 5), torch.zeros(3, 5).bfloat16(), torch.zeros(3, 5, dtype=torch.int16)]
 
@@ -107,7 +138,11 @@ def join_master():
 
 
 def grad_norm():
-    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(())]
+    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(()), torch.zeros(0, dtype=torch.float64)]
+
+
+def grad_norm_workspace():
+    return [[torch.randn(3, 5), torch.randn(8).bfloat16()]]
 
 
 # (native function, what makes its arguments)
@@ -123,16 +158,22 @@ CALLS = [
         cross_entropy_add,
         cross_entropy_check,
         cross_entropy_rows,
+        cross_entropy_share,
+        cross_entropy_total,
         embedding_bwd,
         embedding_fwd,
+        embedding_workspace,
         gelu_mlp_bias_grad,
         gelu_mlp_bwd,
         gelu_mlp_check,
         gelu_mlp_fwd,
         grad_norm,
+        grad_norm_workspace,
         join_master,
         layer_norm_bwd,
         layer_norm_fwd,
+        layer_norm_workspace,
+        rotary,
         split_master,
     )
 ]

@@ -110,7 +110,7 @@ def test_rows_past_2_31_elements(isa):
     dwte = torch.empty(rows, 8, dtype=torch.bfloat16)
     far = torch.tensor([rows - 1, 3, rows - 1, rows - 2])
     dout = torch.randn(4, 8).to(torch.bfloat16)
-    _native.embedding_bwd(dout, far, dwte, None, -1)
+    _native.embedding_bwd(dout, far, dwte, None, -1, None, None, None)
     assert torch.equal(dwte[far[1:]], torch.stack([dout[1], (dout[0].float() + dout[2].float()).bfloat16(), dout[3]]))
 
 
@@ -236,7 +236,7 @@ def test_one_bad_id_among_many_is_found(isa):
             with pytest.raises(ValueError, match=rf"^embedding: ids must be in \[0, 7\), got {bad}$"):
                 embedding(ids, wte)
             with pytest.raises(ValueError, match=rf"^embedding: ids must be in \[0, 7\), got {bad}$"):
-                _native.embedding_bwd(torch.zeros(1003, 4), ids, wte, None, -1)
+                _native.embedding_bwd(torch.zeros(1003, 4), ids, wte, None, -1, None, None, None)
 
 
 def test_the_kernels_themselves_refuse_what_does_not_fit():
@@ -246,12 +246,12 @@ def test_the_kernels_themselves_refuse_what_does_not_fit():
         lambda: _native.embedding_fwd(ids, wte, wpe, out[:1]),
         lambda: _native.embedding_fwd(ids, wte, wpe, out[..., :7].contiguous()),
         lambda: _native.embedding_fwd(ids, wte, wpe, out.view(6, 8)),
-        lambda: _native.embedding_bwd(out[:1], ids, wte, wpe, -1),
-        lambda: _native.embedding_bwd(out, ids, wte[:, :7].contiguous(), wpe, -1),
-        lambda: _native.embedding_bwd(out, ids, wte, wpe[:2], -1),
-        lambda: _native.embedding_bwd(out, ids, torch.randn(8, 5).t(), wpe, -1),
-        lambda: _native.embedding_bwd(out, ids, wte, torch.randn(8, 4).t(), -1),
-        lambda: _native.embedding_bwd(out.flatten(0, 1), ids.flatten(), wte, wpe, -1),
+        lambda: _native.embedding_bwd(out[:1], ids, wte, wpe, -1, None, None, None),
+        lambda: _native.embedding_bwd(out, ids, wte[:, :7].contiguous(), wpe, -1, None, None, None),
+        lambda: _native.embedding_bwd(out, ids, wte, wpe[:2], -1, None, None, None),
+        lambda: _native.embedding_bwd(out, ids, torch.randn(8, 5).t(), wpe, -1, None, None, None),
+        lambda: _native.embedding_bwd(out, ids, wte, torch.randn(8, 4).t(), -1, None, None, None),
+        lambda: _native.embedding_bwd(out.flatten(0, 1), ids.flatten(), wte, wpe, -1, None, None, None),
     ):
         with pytest.raises(ValueError, match=r"^embedding: \w+ must be "):
             call()

@@ -14,6 +14,9 @@ CGPT_EMULATED T* shared_memory() {
 struct Shared {
     char* address;
     CGPT_EMULATED Shared operator+(int bytes) const { return {address + bytes}; }
+    CGPT_EMULATED Shared operator^(int bytes) const {
+        return {reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(address) ^ uintptr_t(bytes))};
+    }
 };
 
 CGPT_EMULATED Shared shared_at(const void* p) { return {static_cast<char*>(const_cast<void*>(p))}; }
@@ -52,6 +55,9 @@ CGPT_EMULATED float exp2_approx(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;  // a NaN stays one
 }
+
+template <class T>
+CGPT_EMULATED void recompute(Vec<T>&) {}
 
 CGPT_EMULATED void named_barrier(int id, int threads) { emulator::wait_at_barrier(id, threads, CGPT_PC); }
 

@@ -25,10 +25,11 @@ constexpr size_t kShared = 256 * 1024;  // reserved; launch.shared_bytes of it m
 constexpr uintptr_t kPage = 4096, kCell = 2;
 constexpr uint64_t kPatience = 20'000'000;  // accesses without a switch before a fibre counts as spinning
 
-struct Cell {
+struct alignas(64) Cell {
     uint32_t stamp = 0;  // the block (shared memory) or launch (global) that the rest is about
     bool written = false;
-    Moment write, read[3], copy;  // read[1] of another warp than read[0], read[2] of another lane of its warp
+    bool copying = false;   // by the cp.async that `write` is about
+    Moment write, read[3];  // read[1] of another warp than read[0], read[2] of another lane of its warp
 };
 
 struct Page {
@@ -131,9 +132,9 @@ void touch(const char* p, size_t bytes, bool write, uint32_t pc) {
             cell = Cell{};
             cell.stamp = stamp;
         }
-        if (cell.copy.clock)
+        if (cell.copying)
             fault(std::string(write ? "written" : "read") + " before the wait for its asynchronous copy, started at " +
-                      where(cell.copy.pc) + " by " + who(cell.copy.thread),
+                      where(cell.write.pc) + " by " + who(cell.write.thread),
                   pc);
         if (!before_me(cell.write)) race(p, write ? "written" : "read", "written", cell.write, pc);
         if (write) {
@@ -233,13 +234,13 @@ void begin_copy(const Copy& copy) {
     if (copy.from) access(copy.from, 16, false, copy.pc);
     access(to, 16, true, copy.pc);  // it may arrive at once
     std::memset(to, 0xff, 16);      // or late
-    for (int i = 0; i < 16; i += kCell) cell_of(reinterpret_cast<uintptr_t>(to + i)).copy = now(copy.pc);
+    for (int i = 0; i < 16; i += kCell) cell_of(reinterpret_cast<uintptr_t>(to + i)).copying = true;
     ++counters.copies;
 }
 
 void land(const Copy& copy) {
     char* to = static_cast<char*>(copy.to);
-    for (int i = 0; i < 16; i += kCell) cell_of(reinterpret_cast<uintptr_t>(to + i)).copy = {};
+    for (int i = 0; i < 16; i += kCell) cell_of(reinterpret_cast<uintptr_t>(to + i)).copying = false;
     access(to, 16, true, copy.pc);
     if (copy.from)
         std::memcpy(to, copy.from, 16);
