@@ -9,7 +9,6 @@ Numbers are one Triton release's: another's are only held to having no spills.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -58,7 +57,7 @@ def attention_cases() -> Iterator[Case]:
     options = ("slopes_ptr", "cu_q_ptr", "cu_k_ptr")
     for dtype, D in [*(("bf16", D) for D in (64, 80, 96, 128, 192, 256)), *(("fp32", D) for D in (64, 128, 256))]:
         D0, D1 = split_head_dim(D)
-        row = next(most for most in HEAD_DIMS if D <= most), 4 if dtype == "fp32" else 2
+        row = next(most for most in HEAD_DIMS if most >= D), 4 if dtype == "fp32" else 2
         head_dim = {"D": D, "D0": D0, "D1": D1}
         for name, (kernel, table) in kernels.items():
             types = _types(kernel, dtype, lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32")
