@@ -8,12 +8,12 @@ from unittest import mock
 
 import pytest
 import torch
-from test_gelu_mlp import make, torch_gelu_mlp  # tests/ops/test_gelu_mlp.py
 
 from cgpt_ext import gelu_mlp, gelu_mlp_ref
 from cgpt_ext.dispatch import use
 from emulator import emulated
 from numerics import compare, run
+from test_gelu_mlp import make, torch_gelu_mlp  # tests/ops/test_gelu_mlp.py
 
 
 @pytest.fixture(autouse=True)

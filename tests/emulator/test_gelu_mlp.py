@@ -5,12 +5,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gelu_mlp import ACTIVATIONS, make, torch_gelu_mlp  # tests/ops/test_gelu_mlp.py
 
 from cgpt_ext import gelu_mlp, gelu_mlp_ref
 from cgpt_ext.dispatch import use
 from emulator import emulated, native
 from numerics import DTYPES, assert_as_good_as_torch, compare, error, run
+from test_gelu_mlp import ACTIVATIONS, make, torch_gelu_mlp  # tests/ops/test_gelu_mlp.py
 
 HALVES = [torch.bfloat16, torch.float16]
 # One more than a tile each way, and two stages and a quarter deep.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from border_calls import CALLS, ONLY_ON_GPU
 
+from border_calls import CALLS, ONLY_ON_GPU
 from cgpt_ext import _native
 
 NOT_OPS = {"cpu_isa", "cpu_isas", "set_cpu_isa", "num_threads", "use_python_attributes"}
