@@ -27,6 +27,7 @@ __device__ __forceinline__ T* shared_memory() {
 struct Shared {
     uint32_t address;
     __device__ __forceinline__ Shared operator+(int bytes) const { return {address + uint32_t(bytes)}; }
+    __device__ __forceinline__ Shared operator^(int bytes) const { return {address ^ uint32_t(bytes)}; }
 };
 
 __device__ __forceinline__ Shared shared_at(const void* p) {

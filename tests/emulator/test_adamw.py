@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_adamw import State, same_bits, twin  # tests/ops/test_adamw.py
 
 from cgpt_ext import adamw_ref
 from emulator import emulated
 from numerics import DTYPES
+from test_adamw import State, same_bits, twin  # tests/ops/test_adamw.py
 
 SHAPES = [(1,), (7,), (127, 3), (2, 3, 64), (16385,)]  # the last is one past a chunk
 

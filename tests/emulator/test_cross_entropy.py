@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cross_entropy import check, make  # tests/ops/test_cross_entropy.py
 
 import cgpt_ext
 from cgpt_ext import cross_entropy
 from emulator import emulated, native
 from numerics import DTYPES, assert_as_good_as_torch, run
+from test_cross_entropy import check, make  # tests/ops/test_cross_entropy.py
 
 # tokens, D, V: 1, primes, one row of several vectors a thread, vectors' tails, T % 128 == 64
 SHAPES = [(1, 1, 1), (3, 5, 2), (13, 7, 101), (3, 8, 4099), (64, 16, 127)]

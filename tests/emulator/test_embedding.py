@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_embedding import make, torch_embedding  # tests/ops/test_embedding.py
 
 from cgpt_ext import embedding, embedding_ref
 from emulator import emulated, native
 from numerics import DTYPES, compare, error, run
+from test_embedding import make, torch_embedding  # tests/ops/test_embedding.py
 
 # B, T, V, D: 1, primes, one id for many segments, every id once, more columns than one block
 SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 192, 3, 127), (5, 61, 5000, 33), (1, 100, 2, 16), (2, 17, 9, 2056)]

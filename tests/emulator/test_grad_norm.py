@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_grad_norm import make, truth  # tests/ops/test_grad_norm.py
 
 from cgpt_ext import grad_norm
 from emulator import emulated
 from numerics import DTYPES
+from test_grad_norm import make, truth  # tests/ops/test_grad_norm.py
 
 
 def emulated_norm(grads, seed=0):

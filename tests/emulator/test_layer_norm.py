@@ -3,11 +3,11 @@ again; the sums over the rows fused and, past 8,192 columns, by a kernel of thei
 
 import pytest
 import torch
-from test_layer_norm import make, torch_layer_norm  # tests/ops/test_layer_norm.py
 
 from cgpt_ext import _native, layer_norm, layer_norm_ref
 from emulator import emulated
 from numerics import DTYPES, assert_as_good_as_torch, compare, run
+from test_layer_norm import make, torch_layer_norm  # tests/ops/test_layer_norm.py
 
 SHAPES = [(1, 1), (3, 5), (11, 127), (9, 520), (7, 1024), (3, 1090), (5, 4136), (2, 8193)]
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_rotary import SHAPES, angles, check  # tests/ops/test_rotary.py
 
 from cgpt_ext import rotary
 from emulator import emulated
 from numerics import DTYPES, run
+from test_rotary import SHAPES, angles, check  # tests/ops/test_rotary.py
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

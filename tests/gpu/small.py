@@ -6,9 +6,9 @@ What compute-sanitizer runs; it slows kernels by one or two orders of magnitude.
 import sys
 
 import torch
-from problems import ONE_EACH, OP, chosen
 
 from cgpt_ext import dispatch
+from problems import ONE_EACH, OP, chosen
 
 
 def main(device: str) -> None:

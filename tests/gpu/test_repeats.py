@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from problems import GPU, ONE_EACH, attempt, everywhere
 
 import cgpt_ext
+from problems import GPU, ONE_EACH, attempt, everywhere
 
 BF16 = [torch.bfloat16]
 CASES = pytest.mark.parametrize(("device", "name", "build", "size", "dtype"), everywhere(ONE_EACH, BF16))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from problems import GPU
 
 HERE = Path(__file__).parent

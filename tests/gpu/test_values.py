@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from problems import GPU, SIZES, attempt, everywhere
 
 import cgpt_ext
 from numerics import compare
+from problems import GPU, SIZES, attempt, everywhere
 
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 

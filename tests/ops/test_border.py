@@ -10,8 +10,8 @@ import textwrap
 from pathlib import Path
 
 import torch
-from border_calls import CALLS
 
+from border_calls import CALLS
 from cgpt_ext import _native
 
 NOT_OPS = {"cpu_isa", "cpu_isas", "set_cpu_isa", "num_threads", "use_python_attributes"}

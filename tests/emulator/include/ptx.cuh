@@ -14,6 +14,9 @@ CGPT_EMULATED T* shared_memory() {
 struct Shared {
     char* address;
     CGPT_EMULATED Shared operator+(int bytes) const { return {address + bytes}; }
+    CGPT_EMULATED Shared operator^(int bytes) const {
+        return {reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(address) ^ uintptr_t(bytes))};
+    }
 };
 
 CGPT_EMULATED Shared shared_at(const void* p) { return {static_cast<char*>(const_cast<void*>(p))}; }

@@ -1,0 +1,322 @@
+// attention backward, in three launches and without atomics, so that two runs give the same bits:
+//
+//   delta   delta_i = sum_d dout_id out_id
+//   dkdv    a block takes a tile of keys of one key head and walks over the queries that see them, of all its query heads
+//   dq      a block takes a tile of queries and walks over the keys that they see
+//
+//   p_ij = exp(s_ij - lse_i),  dv_j = sum_i p_ij dout_i,  ds_ij = p_ij (dout_i . v_j - delta_i),
+//   dk_j = scale sum_i ds_ij q_i,  dq_i = scale sum_j ds_ij k_j           (Dao 2023, arXiv 2307.08691)
+//
+// Scores are computed twice, once by each walk: seven products where an atomic or ordered sum of dq would take five. The
+// walk over queries computes them transposed, so that in both p and ds leave one product in the layout that the next
+// reads and stay in registers. Shapes in attention.cpp, tiles in attention.cuh.
+#pragma once
+
+#include "attention.cuh"
+
+namespace cgpt::cuda {
+
+inline constexpr int kDeltaThreads = 256, kDeltaLanes = 8, kDeltaRows = kDeltaThreads / kDeltaLanes;
+
+// Of all rows there are: packed sequences count as one.
+__host__ __device__ inline int64_t delta_rows(const AttentionShape& s) {
+    return s.cu_seqlens_q == nullptr ? s.Tq : s.total_q;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kDeltaThreads)
+    attention_bwd_delta_kernel(const __grid_constant__ AttentionBwdArgs a) {
+    const AttentionShape& s = a.shape;
+    const int64_t rows = delta_rows(s);
+    const Place at(static_cast<int>(ceil_div<int64_t>(rows, kDeltaRows)), static_cast<int>(s.H));
+    const int lane = threadIdx.x % kDeltaLanes;
+    const int64_t row = int64_t(at.tile) * kDeltaRows + threadIdx.x / kDeltaLanes;
+    float sum = 0.0f;
+    if (row < rows) {
+        const T* dout = row_of<T>(a.dout, at.batch, at.head, row);
+        const T* out = row_of<T>(a.out, at.batch, at.head, row);
+        for (int d = lane * kVec; d < s.D; d += kDeltaLanes * kVec) {
+            const Vec<T> x = load_vec(dout + d, kVec, true), y = load_vec(out + d, kVec, true);
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) sum = fmaf(widen(x.at[i]), widen(y.at[i]), sum);
+        }
+    }
+    sum = warp_sum<kDeltaLanes>(sum);
+    if (lane == 0 && row < rows) a.delta[at.batch * s.lse_batch + at.head * s.lse_head + row] = sum;
+}
+
+// The probability of a pair from its product, as the forward pass scaled it.
+struct Probability {
+    float scale, slope;
+    bool biased;
+    __device__ __forceinline__ float operator()(float product, float lse, int away) const {
+        float score = product * scale;
+        if (biased) score = fmaf(product, scale, -slope * fabsf(static_cast<float>(away)));
+        return exp2_approx((score - lse) * kLog2e);
+    }
+};
+
+// Rows: of 16 keys for a warp. Halves: warps that share their keys, each with its part of dk's and dv's columns, which
+// all of them together would not fit the registers. Queries: of a tile, `Part` of them at once in registers.
+template <class T, int D, int Rows, int RowWarps, int Halves, int Queries, int Part>
+__global__ void __launch_bounds__(RowWarps* Halves* kWarp)
+    attention_bwd_dkdv_kernel(const __grid_constant__ AttentionBwdArgs a) {
+    constexpr int kThreads = RowWarps * Halves * kWarp, kWarpRows = 16 * Rows, kKeys = RowWarps * kWarpRows;
+    constexpr int kRow = Tile<D>::kRowBytes, kKeyBytes = kKeys * kRow, kTileBytes = Queries * kRow;
+    constexpr int NT = D / Halves / 8, QT = Part / 8;
+    static_assert(2 * Queries <= kThreads);
+    const AttentionShape& s = a.shape;
+    const Place at(static_cast<int>(ceil_div<int64_t>(s.Tk, kKeys)), static_cast<int>(s.Hkv));
+    const Sequence seq(s, at.batch);
+    const int j0 = at.tile * kKeys;  // the first keys are seen most where causal: they start first
+    if (j0 >= seq.tk) return;
+    const int j1 = min(j0 + kKeys, seq.tk) - 1, head_dim = static_cast<int>(s.D);
+    const int group = static_cast<int>(s.H / s.Hkv);
+
+    unsigned char* memory = shared_memory<unsigned char>();
+    const Shared k_tile = shared_at(memory), v_tile = k_tile + kKeyBytes, tiles = v_tile + kKeyBytes;
+    float* statistics = reinterpret_cast<float*>(memory + 2 * kKeyBytes + 4 * kTileBytes);  // [stage][lse, delta][query]
+
+    const int first = seq.first_query(j0) / Queries, last = seq.last_query(j1);
+    const int count = last < seq.first_query(j0) ? 0 : last / Queries + 1 - first, steps = count * group;
+    // The step to be fetched: a tile of a head's queries, with lse and delta, one number a thread.
+    int next_tile = first, next_head = at.head * group;
+    const auto fetch = [&](int stage) {
+        const int i0 = next_tile * Queries;
+        const T* q = row_of<T>(a.q, at.batch, next_head, seq.q_begin + i0);
+        const T* dout = row_of<T>(a.dout, at.batch, next_head, seq.q_begin + i0);
+        copy_tile<Queries, D, kThreads>(tiles + 2 * stage * kTileBytes, q, a.q.time, seq.tq - i0, head_dim);
+        copy_tile<Queries, D, kThreads>(tiles + (2 * stage + 1) * kTileBytes, dout, a.dout.time, seq.tq - i0, head_dim);
+        const int i = i0 + static_cast<int>(threadIdx.x) % Queries;
+        const float* from = static_cast<int>(threadIdx.x) < Queries ? a.lse : a.delta;
+        float statistic = 0.0f;
+        if (threadIdx.x < 2 * Queries && i < seq.tq)
+            statistic = from[at.batch * s.lse_batch + next_head * s.lse_head + seq.q_begin + i];
+        if (++next_tile == first + count) next_tile = first, ++next_head;
+        return statistic;
+    };
+    const auto keep = [&](int stage, float statistic) {
+        if (threadIdx.x < 2 * Queries) statistics[2 * stage * Queries + threadIdx.x] = statistic;
+    };
+
+    copy_tile<kKeys, D, kThreads>(k_tile, row_of<T>(a.k, at.batch, at.head, seq.k_begin + j0), a.k.time, seq.tk - j0,
+                                  head_dim);
+    copy_tile<kKeys, D, kThreads>(v_tile, row_of<T>(a.v, at.batch, at.head, seq.k_begin + j0), a.v.time, seq.tk - j0,
+                                  head_dim);
+    if (steps > 0) keep(0, fetch(0));
+    cp_async_commit();
+
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int warp_row = warp % RowWarps * kWarpRows, chunk = warp / RowWarps * NT;
+    const int w0 = j0 + warp_row, w1 = w0 + kWarpRows - 1;
+    float dk[Rows][NT][4], dv[Rows][NT][4];
+    clear(dk);
+    clear(dv);
+    int tile = first, head = at.head * group;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        const int stage = step % 2;
+        cp_async_wait<0>();
+        __syncthreads();
+        float statistic = 0.0f;
+        if (step + 1 < steps) statistic = fetch(1 - stage);
+        cp_async_commit();
+        const float* lse = statistics + 2 * stage * Queries + 2 * t;
+        const float* delta = lse + Queries;
+        Probability probability = {s.scale, 0.0f, s.alibi_slopes != nullptr};
+        if (probability.biased) probability.slope = s.alibi_slopes[at.batch * s.alibi_stride + head];
+#pragma unroll 1
+        for (int part = 0; part < Queries; part += Part) {
+            const int i0 = tile * Queries + part, i1 = i0 + Part - 1;
+            if (!seq.any_seen(i0, i1, w0, w1)) continue;
+            const bool whole = seq.all_seen(i0, i1, w0, w1);
+            const Shared q_part = tiles + (2 * stage * kTileBytes + part * kRow), dout_part = q_part + kTileBytes;
+            float p[Rows][QT][4];
+            clear(p);
+            product_abt<T, D>(p, k_tile + warp_row * kRow, q_part);
+#pragma unroll
+            for (int m = 0; m < Rows; ++m)
+#pragma unroll
+                for (int n = 0; n < QT; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        p[m][n][e] = probability(p[m][n][e], lse[part + 8 * n + e % 2],
+                                                 seq.above(i0 + 2 * t) - (w0 + g) + (8 * n + e % 2 - 16 * m - e / 2 * 8));
+            const auto hide = [&](float (&x)[Rows][QT][4]) {
+                const Mask mask(seq, i0 + 2 * t, w0 + g);
+#pragma unroll
+                for (int m = 0; m < Rows; ++m)
+#pragma unroll
+                    for (int n = 0; n < QT; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e)
+                            if (!mask.seen(8 * n + e % 2, 16 * m + e / 2 * 8)) x[m][n][e] = 0.0f;
+            };
+            if (!whole) hide(p);
+            uint32_t operand[Rows][QT / 2][4];
+            to_operand<T>(operand, p);
+            product_ab<T, D>(dv, operand, dout_part, chunk);
+            float ds[Rows][QT][4];
+            clear(ds);
+            product_abt<T, D>(ds, v_tile + warp_row * kRow, dout_part);
+#pragma unroll
+            for (int m = 0; m < Rows; ++m)
+#pragma unroll
+                for (int n = 0; n < QT; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - delta[part + 8 * n + e % 2]);
+            if (!whole) hide(ds);
+            to_operand<T>(operand, ds);
+            product_ab<T, D>(dk, operand, q_part, chunk);
+        }
+        keep(1 - stage, statistic);
+        if (++tile == first + count) tile = first, ++head;
+    }
+    cp_async_wait<0>();
+    __syncthreads();  // the gradients take the places of k and v
+    float scale[Rows][2], one[Rows][2];
+#pragma unroll
+    for (int m = 0; m < Rows; ++m) scale[m][0] = scale[m][1] = s.scale, one[m][0] = one[m][1] = 1.0f;
+    unsigned char* place = memory + warp_row * kRow;
+    store_rows<T, D>(dk, scale, place, row_of<T>(a.dk, at.batch, at.head, seq.k_begin + w0), a.dk.time, chunk,
+                     seq.tk - w0, head_dim);
+    store_rows<T, D>(dv, one, place + kKeyBytes, row_of<T>(a.dv, at.batch, at.head, seq.k_begin + w0), a.dv.time, chunk,
+                     seq.tk - w0, head_dim);
+}
+
+template <class T, int D, int Rows, int Warps, int Keys, int Part>
+__global__ void __launch_bounds__(Warps* kWarp)
+    attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdArgs a) {
+    constexpr int kThreads = Warps * kWarp, kWarpRows = 16 * Rows, kQueries = Warps * kWarpRows;
+    constexpr int kRow = Tile<D>::kRowBytes, kQueryBytes = kQueries * kRow, kTileBytes = Keys * kRow;
+    constexpr int NT = D / 8, KT = Part / 8;
+    const AttentionShape& s = a.shape;
+    const int query_tiles = static_cast<int>(ceil_div<int64_t>(s.Tq, kQueries));
+    const Place at(query_tiles, static_cast<int>(s.H));
+    const Sequence seq(s, at.batch);
+    const int i0 = (query_tiles - 1 - at.tile) * kQueries;
+    if (i0 >= seq.tq) return;
+    const int i1 = min(i0 + kQueries, seq.tq) - 1, head_dim = static_cast<int>(s.D);
+    const int key_head = at.head / static_cast<int>(s.H / s.Hkv);
+    const T* k = row_of<T>(a.k, at.batch, key_head, seq.k_begin);
+    const T* v = row_of<T>(a.v, at.batch, key_head, seq.k_begin);
+
+    unsigned char* memory = shared_memory<unsigned char>();
+    const Shared q_tile = shared_at(memory), dout_tile = q_tile + kQueryBytes, tiles = dout_tile + kQueryBytes;
+    const int first = seq.first_key(i0) / Keys, last = seq.last_key(i1);
+    const int end = last < seq.first_key(i0) ? first : last / Keys + 1;
+    const auto fetch = [&](int tile, int stage) {
+        const int64_t row = int64_t(tile) * Keys;
+        const int rows = seq.tk - tile * Keys;
+        copy_tile<Keys, D, kThreads>(tiles + 2 * stage * kTileBytes, k + row * a.k.time, a.k.time, rows, head_dim);
+        copy_tile<Keys, D, kThreads>(tiles + (2 * stage + 1) * kTileBytes, v + row * a.v.time, a.v.time, rows, head_dim);
+    };
+    copy_tile<kQueries, D, kThreads>(q_tile, row_of<T>(a.q, at.batch, at.head, seq.q_begin + i0), a.q.time, seq.tq - i0,
+                                     head_dim);
+    copy_tile<kQueries, D, kThreads>(dout_tile, row_of<T>(a.dout, at.batch, at.head, seq.q_begin + i0), a.dout.time,
+                                     seq.tq - i0, head_dim);
+    if (first < end) fetch(first, 0);
+    cp_async_commit();
+
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const int warp_row = static_cast<int>(threadIdx.x) / kWarp * kWarpRows, w0 = i0 + warp_row, w1 = w0 + kWarpRows - 1;
+    float lse[Rows][2], delta[Rows][2], dq[Rows][NT][4];
+    clear(dq);
+#pragma unroll
+    for (int m = 0; m < Rows; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int i = w0 + 16 * m + 8 * half + g;
+            const int64_t from = at.batch * s.lse_batch + at.head * s.lse_head + seq.q_begin + i;
+            lse[m][half] = i < seq.tq ? a.lse[from] : 0.0f;
+            delta[m][half] = i < seq.tq ? a.delta[from] : 0.0f;
+        }
+    Probability probability = {s.scale, 0.0f, s.alibi_slopes != nullptr};
+    if (probability.biased) probability.slope = s.alibi_slopes[at.batch * s.alibi_stride + at.head];
+
+#pragma unroll 1
+    for (int tile = first; tile < end; ++tile) {
+        const int stage = (tile - first) % 2;
+        cp_async_wait<0>();
+        __syncthreads();
+        if (tile + 1 < end) fetch(tile + 1, 1 - stage);
+        cp_async_commit();
+#pragma unroll 1
+        for (int part = 0; part < Keys; part += Part) {
+            const int j0 = tile * Keys + part, j1 = j0 + Part - 1;
+            if (!seq.any_seen(w0, w1, j0, j1)) continue;
+            const Shared k_part = tiles + (2 * stage * kTileBytes + part * kRow), v_part = k_part + kTileBytes;
+            float p[Rows][KT][4], ds[Rows][KT][4];
+            clear(p);
+            product_abt<T, D>(p, q_tile + warp_row * kRow, k_part);
+#pragma unroll
+            for (int m = 0; m < Rows; ++m)
+#pragma unroll
+                for (int n = 0; n < KT; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        p[m][n][e] = probability(p[m][n][e], lse[m][e / 2],
+                                                 seq.above(w0 + g) - (j0 + 2 * t) + (16 * m + e / 2 * 8 - 8 * n - e % 2));
+            clear(ds);
+            product_abt<T, D>(ds, dout_tile + warp_row * kRow, v_part);
+#pragma unroll
+            for (int m = 0; m < Rows; ++m)
+#pragma unroll
+                for (int n = 0; n < KT; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - delta[m][e / 2]);
+            if (!seq.all_seen(w0, w1, j0, j1)) {
+                const Mask mask(seq, w0 + g, j0 + 2 * t);
+#pragma unroll
+                for (int m = 0; m < Rows; ++m)
+#pragma unroll
+                    for (int n = 0; n < KT; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e)
+                            if (!mask.seen(16 * m + e / 2 * 8, 8 * n + e % 2)) ds[m][n][e] = 0.0f;
+            }
+            uint32_t operand[Rows][KT / 2][4];
+            to_operand<T>(operand, ds);
+            product_ab<T, D>(dq, operand, k_part, 0);
+        }
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    float scale[Rows][2];
+#pragma unroll
+    for (int m = 0; m < Rows; ++m) scale[m][0] = scale[m][1] = s.scale;
+    store_rows<T, D>(dq, scale, memory + warp_row * kRow, row_of<T>(a.dq, at.batch, at.head, seq.q_begin + w0),
+                     a.dq.time, 0, seq.tq - w0, head_dim);
+}
+
+template <class T>
+void attention_bwd_launch(const AttentionBwdArgs& a, void* stream) {
+    const AttentionShape& s = a.shape;
+    const auto run = [&](auto kernel, int64_t tiles, int64_t heads, int threads, int bytes) {
+        const int64_t blocks = tiles * heads * s.B;
+        if (blocks > 0) launch("attention", kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), bytes, stream, a);
+    };
+    const int64_t delta_tiles = ceil_div<int64_t>(delta_rows(s), kDeltaRows) * s.H;
+    const unsigned delta_blocks = static_cast<unsigned>(s.cu_seqlens_q == nullptr ? delta_tiles * s.B : delta_tiles);
+    if (delta_blocks > 0)
+        launch("attention", attention_bwd_delta_kernel<T>, dim3(delta_blocks), dim3(kDeltaThreads), 0, stream, a);
+    with_head_dim(s.D, [&](auto head_dim) {
+        constexpr int D = decltype(head_dim)::value, kRow = Tile<D>::kRowBytes;
+        {
+            constexpr int kRows = D == 64 ? 2 : 1, kRowWarps = D == 64 || D > 128 ? 4 : 8, kHalves = D > 128 ? 2 : 1;
+            constexpr int kKeys = 16 * kRows * kRowWarps, kQueries = D == 64 ? 64 : D == 256 ? 16 : 32;
+            run(attention_bwd_dkdv_kernel<T, D, kRows, kRowWarps, kHalves, kQueries, (D == 256 ? 16 : 32)>,
+                ceil_div<int64_t>(s.Tk, kKeys), s.Hkv, kRowWarps * kHalves * kWarp,
+                (2 * kKeys + 4 * kQueries) * kRow + 4 * kQueries * static_cast<int>(sizeof(float)));
+        }
+        {
+            constexpr int kRows = D <= 128 ? 2 : 1, kWarps = 4, kQueries = 16 * kRows * kWarps;
+            constexpr int kKeys = D <= 80 ? 64 : D == 256 ? 16 : 32;
+            run(attention_bwd_dq_kernel<T, D, kRows, kWarps, kKeys, (D == 256 ? 16 : 32)>,
+                ceil_div<int64_t>(s.Tq, kQueries), s.H, kWarps * kWarp, (2 * kQueries + 4 * kKeys) * kRow);
+        }
+    });
+}
+
+}  // namespace cgpt::cuda

@@ -1,0 +1,6 @@
+// attention backward in f16, a file of its own so that compilers run side by side.
+#include "attention_bwd.cuh"
+
+namespace cgpt::cuda {
+template void attention_bwd_launch<f16>(const AttentionBwdArgs&, void*);
+}
