@@ -310,7 +310,6 @@ DKDV_CONFIGS = [
     (2, 128, 80, NEVER, config(8, 2, BLOCK_M=32, BLOCK_N=64)),
     (2, 128, 80, NEVER, config(8, 2, BLOCK_M=16, BLOCK_N=128)),
     (2, 128, NEVER, 80, config(8, 2, BLOCK_M=16, BLOCK_N=64)),
-    (2, 128, NEVER, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
     (2, 192, 90, NEVER, config(8, 2, BLOCK_M=16, BLOCK_N=64)),
     (2, 192, 80, 80, config(8, 2, BLOCK_M=16, BLOCK_N=32)),
     (2, 256, 80, NEVER, config(8, 2, BLOCK_M=16, BLOCK_N=64)),

@@ -70,7 +70,7 @@ def attention_fwd_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, NEGATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """q (B, Tq, H, D), k and v (B, Tk, H / group, D), lse (B, H, Tq) by strides; Tq and Tk the longest with cu_seqlens."""
+    """q (B, Tq, H, D), k and v (B, Tk, H / group, D), lse (B, H, Tq) by strides; with cu_seqlens Tq, Tk the longest."""
     FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     ALIBI: tl.constexpr = slopes_ptr is not None
     tiles = tl.cdiv(Tq, BLOCK_M)

@@ -92,8 +92,8 @@ def split_head_dim(D: int) -> tuple[int, int]:
     """(D0, D1), powers of two of at least 16 (D1 may be 0) that hold D columns."""
     whole = max(16, triton.next_power_of_2(D))
     low = whole // 2
-    rest = max(16, triton.next_power_of_2(D - low)) if D > low else 0
-    return (low, rest) if 16 <= low and low + rest < whole else (whole, 0)
+    rest = max(16, triton.next_power_of_2(D - low)) if low < D else 0
+    return (low, rest) if low >= 16 and low + rest < whole else (whole, 0)
 
 
 def choices(table, D: int, itemsize: int, full: bool, arch: int) -> list:

@@ -76,8 +76,8 @@ def reference(q, k, v, options):
 
 
 def torch_op(q, k, v, options):
-    """Torch's own: in fp32 its fused kernel. In 16 bits the products one by one, as flash-attn's tests have it: its fused
-    kernel on a CPU keeps probabilities in fp32, which no tensor core multiplies.
+    """Torch's own: in fp32 its fused kernel, in 16 bits the products one by one, as flash-attn's tests have it, because
+    its fused kernel on a CPU keeps probabilities in fp32, which no tensor core multiplies.
     """
     x = bias(q, k, **options).to(q.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))))
@@ -213,7 +213,7 @@ def test_packed_sequences():
     options = {"window": (30, 0), "slopes": torch.tensor([0.25, 0.5], device=DEVICE)}
     packs = [make(1, Tq, Tk, 2, 1, 16) for Tq, Tk in lengths]
     packed = [torch.cat([pack[i] for pack in packs], 1)[0] for i in range(4)]
-    cu = [torch.tensor([0, *x], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32) for x in zip(*lengths)]
+    cu = [torch.tensor([0, *x], device=DEVICE).cumsum(0).int() for x in zip(*lengths, strict=True)]
     together = run(attention, *packed[:3], options | {"cu": cu, "longest": (33, 40)}, dout=packed[3])
     _, lse = forward(*packed[:3], **options, cu=cu, longest=(33, 40))
     for b, (q, k, v, dout) in enumerate(packs):
