@@ -314,10 +314,10 @@ DKDV_CONFIGS = [
     (2, 192, 80, 80, config(8, 2, BLOCK_M=16, BLOCK_N=32)),
     (2, 256, 80, NEVER, config(8, 2, BLOCK_M=16, BLOCK_N=64)),
     (2, 256, 80, 80, config(8, 2, BLOCK_M=16, BLOCK_N=32)),
-    (4, 64, 80, NEVER, config(8, 1, BLOCK_M=32, BLOCK_N=64)),
-    (4, 64, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=32)),
-    (4, 128, 80, NEVER, config(8, 1, BLOCK_M=32, BLOCK_N=32)),
+    (4, 64, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=32)),
+    (4, 64, 80, 80, config(4, 1, BLOCK_M=16, BLOCK_N=16)),
     (4, 128, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=32)),
+    (4, 128, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
     (4, 192, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
     (4, 256, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
 ]
@@ -332,12 +332,12 @@ DQ_CONFIGS = [
     (2, 192, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
     (2, 256, 90, 90, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
     (2, 256, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
-    (4, 64, 80, 80, config(8, 1, BLOCK_M=64, BLOCK_N=32)),
-    (4, 64, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=32)),
-    (4, 128, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=32)),
-    (4, 128, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=16)),
-    (4, 192, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
-    (4, 256, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
+    (4, 64, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
+    (4, 64, 80, 80, config(4, 2, BLOCK_M=32, BLOCK_N=32)),
+    (4, 128, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
+    (4, 128, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=16)),
+    (4, 192, 80, 80, config(8, 2, BLOCK_M=16, BLOCK_N=32)),
+    (4, 256, 80, 80, config(8, 2, BLOCK_M=16, BLOCK_N=32)),
 ]
 DKDV = tuned_for(attention_dkdv_kernel, DKDV_CONFIGS)
 DQ = tuned_for(attention_dq_kernel, DQ_CONFIGS)
