@@ -59,6 +59,7 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
 BESIDES: dict[str, tuple[str, ...]] = {
     "adamw": ("triton",),
     "attention": ("triton",),
+    "cross_entropy": ("triton",),
     "layer_norm": ("triton",),
 }
 
