@@ -158,7 +158,7 @@ CONFIGS = [
     (2, 256, 80, 80, config(4, 2, BLOCK_M=32, BLOCK_N=32)),
     (4, 64, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
     (4, 64, 80, 80, config(4, 2, BLOCK_M=32, BLOCK_N=32)),
-    (4, 128, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
+    (4, 128, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=16)),
     (4, 128, 80, 80, config(4, 1, BLOCK_M=16, BLOCK_N=32)),
     (4, 192, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=16)),
     (4, 256, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=16)),

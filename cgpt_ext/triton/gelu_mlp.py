@@ -107,8 +107,9 @@ def gelu_mlp_fwd_kernel(
         tl.store(pre_ptr + at, narrow(z, dtype), mask)
     act = z * _share(z, ACTIVATION)[0]
     if ACTIVATION == SWIGLU:
+        w1_ptr += (tl.full((), 0, tl.int64) + F) * stride_wf
         up = _product(
-            x_ptr, w1_ptr + F.to(tl.int64) * stride_wf, rows, cols, M, F, D, stride_xm, stride_xd, stride_wf, stride_wd,
+            x_ptr, w1_ptr, rows, cols, M, F, D, stride_xm, stride_xd, stride_wf, stride_wd,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
         if b1_ptr is not None:

@@ -1,6 +1,7 @@
 """Attention's Triton kernels: on a GPU where there is one, else under Triton's interpreter in tiles of 32 by 32."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -270,6 +271,15 @@ def test_repeats_bit_for_bit():
     for _ in range(100 if DEVICE == "cuda" else 1):
         again = run(attention, q, k, v, {"window": (NO, 0)}, dout=dout)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_every_call_has_a_tile():
+    from cgpt_ext.triton import attention_bwd, attention_fwd
+    from cgpt_ext.triton.attention_tiles import ARCHS, HEAD_DIMS, choices
+
+    for table in (attention_fwd.CONFIGS, attention_bwd.DKDV_CONFIGS, attention_bwd.DQ_CONFIGS):
+        for D, itemsize, full, arch in product(HEAD_DIMS, (2, 4), (False, True), ARCHS):
+            assert choices(table, D, itemsize, full, arch)
 
 
 def test_split_head_dim():

@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from cgpt_ext import attention, attention_qkv, attention_ref, cross_entropy, cross_entropy_ref, dispatch, layer_norm
-from cgpt_ext import layer_norm_ref
+from cgpt_ext import (
+    attention,
+    attention_qkv,
+    attention_ref,
+    cross_entropy,
+    cross_entropy_ref,
+    dispatch,
+    gelu_mlp,
+    gelu_mlp_ref,
+    layer_norm,
+    layer_norm_ref,
+)
 from numerics import run
 
 pytest.importorskip("triton")
@@ -50,3 +60,10 @@ def test_cross_entropy():
     target[2] = -100
     arguments = (x, weight, target, -100, 1e-3)
     assert_like_reference(cross_entropy, cross_entropy_ref, "cross_entropy", arguments, torch.ones((), device=DEVICE))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+def test_gelu_mlp(activation):
+    width = 80 if activation == "swiglu" else 40
+    x, w1, b1, w2, b2 = randn(2, 7, 16), randn(width, 16), randn(width), randn(16, 40), randn(16)
+    assert_like_reference(gelu_mlp, gelu_mlp_ref, "gelu_mlp", (x, w1, b1, w2, b2, activation), randn(2, 7, 16))
