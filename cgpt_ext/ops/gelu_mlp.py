@@ -250,7 +250,7 @@ class _Triton(_Torch):
 
 
 _WAYS = {"native": _Gemm, "cublas": _Torch, "cublaslt": _CublasLt, "triton": _Triton}
-_SERVES = {"cublaslt": ("gelu_tanh",), "triton": ("gelu", "gelu_tanh")}  # the activations of those not serving all
+_SERVES = {"cublaslt": ("gelu_tanh",)}  # the activations of those not serving all
 
 
 def _way(x: Tensor, activation: str, chosen: str):
