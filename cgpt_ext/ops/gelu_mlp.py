@@ -235,8 +235,8 @@ class _Triton(_Torch):
     def linear_fwd(x, w1, b1, activation, save_pre):
         from cgpt_ext.triton.gelu_mlp import gelu_mlp_linear_fwd_triton
 
-        pre = x.new_empty(x.shape[0], w1.shape[0])
-        act = _hidden(pre, activation)
+        pre = x.new_empty(x.shape[0], w1.shape[0]) if save_pre else None
+        act = x.new_empty(x.shape[0], _hidden_width(w1.shape[0], activation))
         gelu_mlp_linear_fwd_triton(x, w1, b1, activation, pre, act)
         return pre, act
 
@@ -250,7 +250,7 @@ class _Triton(_Torch):
 
 
 _WAYS = {"native": _Gemm, "cublas": _Torch, "cublaslt": _CublasLt, "triton": _Triton}
-_SERVES = {"cublaslt": ("gelu_tanh",)}  # the activations of those not serving all
+_SERVES = {"cublaslt": ("gelu_tanh",)}  # the activations of those that do not serve all
 
 
 def _way(x: Tensor, activation: str, chosen: str):
