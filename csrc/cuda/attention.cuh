@@ -96,19 +96,20 @@ __device__ __forceinline__ void copy_tile(Shared to, const T* from, int64_t stri
     }
 }
 
-// c[m][n] += a b^T over the tiles' columns: the first 16 * MT rows of `a`, 8 * NT of `b`.
+// c[m][n] += a b^T over the tiles' columns: 16 * MT rows of `a` from row a_row, 8 * NT of `b` from row b_row. Two tiles
+// that lie behind each other are one with more rows: constant rows cost no registers, another tile's addresses do.
 template <class T, int D, int MT, int NT>
-__device__ __forceinline__ void product_abt(float (&c)[MT][NT][4], Shared a, Shared b) {
+__device__ __forceinline__ void product_abt(float (&c)[MT][NT][4], Shared a, int a_row, Shared b, int b_row) {
     const LaneAddress<D> rows = lane_rows_first<D>(a), columns = lane_columns_first<D>(b);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
         uint32_t af[MT][4];
 #pragma unroll
-        for (int m = 0; m < MT; ++m) ldmatrix_x4(af[m], rows.at(16 * m, 2 * k));
+        for (int m = 0; m < MT; ++m) ldmatrix_x4(af[m], rows.at(a_row + 16 * m, 2 * k));
 #pragma unroll
         for (int n = 0; n < NT; n += 2) {
             uint32_t bf[4];
-            ldmatrix_x4(bf, columns.at(8 * n, 2 * k));
+            ldmatrix_x4(bf, columns.at(b_row + 8 * n, 2 * k));
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 mma<T>(c[m][n], af[m], {bf[0], bf[1]});
@@ -130,9 +131,9 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[MT][KT / 2][4], const f
                 a[m][k / 2][k % 2 * 2 + half] = pack<T>(p[m][k][2 * half], p[m][k][2 * half + 1]);
 }
 
-// c[m][n] += a b, where b's first 16 * KT rows are k; its columns n, 8 * NT of them from chunk b_chunk.
+// c[m][n] += a b, where 16 * KT of b's rows from b_row are k; its columns n, 8 * NT of them from chunk b_chunk.
 template <class T, int D, int MT, int KT, int NT>
-__device__ __forceinline__ void product_ab(float (&c)[MT][NT][4], const uint32_t (&a)[MT][KT][4], Shared b,
+__device__ __forceinline__ void product_ab(float (&c)[MT][NT][4], const uint32_t (&a)[MT][KT][4], Shared b, int b_row,
                                            int b_chunk) {
     const LaneAddress<D> rows = lane_rows_first<D>(b);
 #pragma unroll
@@ -140,7 +141,7 @@ __device__ __forceinline__ void product_ab(float (&c)[MT][NT][4], const uint32_t
 #pragma unroll
         for (int n = 0; n < NT; n += 2) {
             uint32_t bf[4];
-            ldmatrix_x4_trans(bf, rows.at(16 * k, b_chunk + n));
+            ldmatrix_x4_trans(bf, rows.at(b_row + 16 * k, b_chunk + n));
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 mma<T>(c[m][n], a[m][k], {bf[0], bf[1]});
@@ -185,6 +186,14 @@ __device__ __forceinline__ void store_rows(const float (&c)[MT][NT][4], const fl
     }
 }
 
+// Which of one side's rows some of a warp's rows meet, and which all of them do. Kept in shared memory: in loops that
+// have no register to spare.
+struct Bounds {
+    int any_first, any_last, all_first, all_last;
+    __device__ __forceinline__ bool any(int first, int last) const { return any_first <= last && first <= any_last; }
+    __device__ __forceinline__ bool all(int first, int last) const { return all_first <= first && last <= all_last; }
+};
+
 // One sequence: where its rows begin (0 unless packed), how many there are and what its queries see.
 struct Sequence {
     int64_t q_begin, k_begin;
@@ -209,16 +218,18 @@ struct Sequence {
     __device__ __forceinline__ int last_key(int i) const { return min(tk - 1, above(i) + right); }
     __device__ __forceinline__ int first_query(int j) const { return max(0, j - (tk - tq) - right); }
     __device__ __forceinline__ int last_query(int j) const { return min(tq - 1, j - (tk - tq) + left); }
-    // Of queries i0 to i1 and keys j0 to j1 (both ends included): whether all pairs, or any, are seen.
-    __device__ __forceinline__ bool all_seen(int i0, int i1, int j0, int j1) const {
-        return i1 < tq && first_key(i1) <= j0 && j1 <= last_key(i0);
+    // What queries i0 to i1, or keys j0 to j1, see and are seen by, where there are as many; both ends included.
+    __device__ __forceinline__ Bounds keys_of(int i0, int i1) const {
+        i1 = min(i1, tq - 1);
+        return {first_key(i0), i1 < i0 ? -1 : last_key(i1), first_key(i1), last_key(i0)};
     }
-    __device__ __forceinline__ bool any_seen(int i0, int i1, int j0, int j1) const {
-        return i0 < tq && first_key(i0) <= j1 && j0 <= last_key(i1);
+    __device__ __forceinline__ Bounds queries_of(int j0, int j1) const {
+        j1 = min(j1, tk - 1);
+        return {first_query(j0), j1 < j0 ? -1 : last_query(j1), first_query(j1), last_query(j0)};
     }
 };
 
-// The same for one pair, from a thread's first query and first key: the rest are constants away, so all pairs of a tile
+// Whether a query sees a key, from a thread's first query and first key: the rest are constants away, so all pairs of a tile
 // share four registers.
 struct Mask {
     int low, high, last_i, last_j;

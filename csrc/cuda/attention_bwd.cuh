@@ -56,6 +56,19 @@ struct Probability {
     }
 };
 
+// What dkdv's loop has besides its tiles in shared memory, so that it does not hold registers.
+template <class T, int Warps, int Queries>
+struct DkdvKept {
+    struct {
+        float lse[Queries], delta[Queries], slope;
+        int first_query;
+    } stage[2];
+    Bounds queries[Warps];
+    int batch;
+    int64_t q_begin;
+    T *dk, *dv;  // of the block's first key
+};
+
 // Rows: of 16 keys for a warp. Halves: warps that share their keys, each with its part of dk's and dv's columns, which
 // all of them together would not fit the registers. Queries: of a tile, `Part` of them at once in registers.
 template <class T, int D, int Rows, int RowWarps, int Halves, int Queries, int Part>
@@ -75,28 +88,42 @@ __global__ void __launch_bounds__(RowWarps* Halves* kWarp)
 
     unsigned char* memory = shared_memory<unsigned char>();
     const Shared k_tile = shared_at(memory), v_tile = k_tile + kKeyBytes, tiles = v_tile + kKeyBytes;
-    float* statistics = reinterpret_cast<float*>(memory + 2 * kKeyBytes + 4 * kTileBytes);  // [stage][lse, delta][query]
+    auto& kept = *reinterpret_cast<DkdvKept<T, RowWarps * Halves, Queries>*>(memory + 2 * kKeyBytes + 4 * kTileBytes);
+    if (threadIdx.x == 0) {
+        kept.batch = at.batch;
+        kept.q_begin = seq.q_begin;
+        kept.dk = row_of<T>(a.dk, at.batch, at.head, seq.k_begin + j0);
+        kept.dv = row_of<T>(a.dv, at.batch, at.head, seq.k_begin + j0);
+    }
+    __syncthreads();
 
     const int first = seq.first_query(j0) / Queries, last = seq.last_query(j1);
     const int count = last < seq.first_query(j0) ? 0 : last / Queries + 1 - first, steps = count * group;
     // The step to be fetched: a tile of a head's queries, with lse and delta, one number a thread.
     int next_tile = first, next_head = at.head * group;
     const auto fetch = [&](int stage) {
-        const int i0 = next_tile * Queries;
-        const T* q = row_of<T>(a.q, at.batch, next_head, seq.q_begin + i0);
-        const T* dout = row_of<T>(a.dout, at.batch, next_head, seq.q_begin + i0);
+        const int i0 = next_tile * Queries, batch = kept.batch;
+        const int64_t row = kept.q_begin + i0;
+        const T* q = row_of<T>(a.q, batch, next_head, row);
+        const T* dout = row_of<T>(a.dout, batch, next_head, row);
         copy_tile<Queries, D, kThreads>(tiles + 2 * stage * kTileBytes, q, a.q.time, seq.tq - i0, head_dim);
         copy_tile<Queries, D, kThreads>(tiles + (2 * stage + 1) * kTileBytes, dout, a.dout.time, seq.tq - i0, head_dim);
-        const int i = i0 + static_cast<int>(threadIdx.x) % Queries;
-        const float* from = static_cast<int>(threadIdx.x) < Queries ? a.lse : a.delta;
+        const int i = static_cast<int>(threadIdx.x) % Queries;
+        const float* from = threadIdx.x < Queries ? a.lse : a.delta;
         float statistic = 0.0f;
-        if (threadIdx.x < 2 * Queries && i < seq.tq)
-            statistic = from[at.batch * s.lse_batch + next_head * s.lse_head + seq.q_begin + i];
+        if (threadIdx.x < 2 * Queries && i < seq.tq - i0)
+            statistic = from[batch * s.lse_batch + next_head * s.lse_head + row + i];
+        if (threadIdx.x == 0) {
+            kept.stage[stage].first_query = i0;
+            kept.stage[stage].slope =
+                s.alibi_slopes == nullptr ? 0.0f : s.alibi_slopes[batch * s.alibi_stride + next_head];
+        }
         if (++next_tile == first + count) next_tile = first, ++next_head;
         return statistic;
     };
     const auto keep = [&](int stage, float statistic) {
-        if (threadIdx.x < 2 * Queries) statistics[2 * stage * Queries + threadIdx.x] = statistic;
+        float* to = threadIdx.x < Queries ? kept.stage[stage].lse : kept.stage[stage].delta;
+        if (threadIdx.x < 2 * Queries) to[threadIdx.x % Queries] = statistic;
     };
 
     copy_tile<kKeys, D, kThreads>(k_tile, row_of<T>(a.k, at.batch, at.head, seq.k_begin + j0), a.k.time, seq.tk - j0,
@@ -107,12 +134,12 @@ __global__ void __launch_bounds__(RowWarps* Halves* kWarp)
     cp_async_commit();
 
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, warp = static_cast<int>(threadIdx.x) / kWarp;
-    const int warp_row = warp % RowWarps * kWarpRows, chunk = warp / RowWarps * NT;
-    const int w0 = j0 + warp_row, w1 = w0 + kWarpRows - 1;
+    const int warp_row = warp % RowWarps * kWarpRows, chunk = Halves == 1 ? 0 : warp / RowWarps * NT;
+    const int w0 = j0 + warp_row;
+    if (lane == 0) kept.queries[warp] = seq.queries_of(w0, w0 + kWarpRows - 1);
     float dk[Rows][NT][4], dv[Rows][NT][4];
     clear(dk);
     clear(dv);
-    int tile = first, head = at.head * group;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         const int stage = step % 2;
@@ -121,26 +148,23 @@ __global__ void __launch_bounds__(RowWarps* Halves* kWarp)
         float statistic = 0.0f;
         if (step + 1 < steps) statistic = fetch(1 - stage);
         cp_async_commit();
-        const float* lse = statistics + 2 * stage * Queries + 2 * t;
-        const float* delta = lse + Queries;
-        Probability probability = {s.scale, 0.0f, s.alibi_slopes != nullptr};
-        if (probability.biased) probability.slope = s.alibi_slopes[at.batch * s.alibi_stride + head];
 #pragma unroll 1
         for (int part = 0; part < Queries; part += Part) {
-            const int i0 = tile * Queries + part, i1 = i0 + Part - 1;
-            if (!seq.any_seen(i0, i1, w0, w1)) continue;
-            const bool whole = seq.all_seen(i0, i1, w0, w1);
-            const Shared q_part = tiles + (2 * stage * kTileBytes + part * kRow), dout_part = q_part + kTileBytes;
+            const int i0 = kept.stage[stage].first_query + part, i1 = i0 + Part - 1;
+            if (!kept.queries[warp].any(i0, i1)) continue;
+            const Shared q_part = tiles + (2 * stage * kTileBytes + part * kRow);
             float p[Rows][QT][4];
             clear(p);
-            product_abt<T, D>(p, k_tile + warp_row * kRow, q_part);
+            product_abt<T, D>(p, k_tile + warp_row * kRow, 0, q_part, 0);
+            const Probability probability = {s.scale, kept.stage[stage].slope, s.alibi_slopes != nullptr};
+            const float *lse = kept.stage[stage].lse + part + 2 * t, *delta = kept.stage[stage].delta + part + 2 * t;
 #pragma unroll
             for (int m = 0; m < Rows; ++m)
 #pragma unroll
                 for (int n = 0; n < QT; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
-                        p[m][n][e] = probability(p[m][n][e], lse[part + 8 * n + e % 2],
+                        p[m][n][e] = probability(p[m][n][e], lse[8 * n + e % 2],
                                                  seq.above(i0 + 2 * t) - (w0 + g) + (8 * n + e % 2 - 16 * m - e / 2 * 8));
             const auto hide = [&](float (&x)[Rows][QT][4]) {
                 const Mask mask(seq, i0 + 2 * t, w0 + g);
@@ -152,26 +176,26 @@ __global__ void __launch_bounds__(RowWarps* Halves* kWarp)
                         for (int e = 0; e < 4; ++e)
                             if (!mask.seen(8 * n + e % 2, 16 * m + e / 2 * 8)) x[m][n][e] = 0.0f;
             };
+            const bool whole = kept.queries[warp].all(i0, i1);
             if (!whole) hide(p);
             uint32_t operand[Rows][QT / 2][4];
             to_operand<T>(operand, p);
-            product_ab<T, D>(dv, operand, dout_part, chunk);
+            product_ab<T, D>(dv, operand, q_part, Queries, chunk);
             float ds[Rows][QT][4];
             clear(ds);
-            product_abt<T, D>(ds, v_tile + warp_row * kRow, dout_part);
+            product_abt<T, D>(ds, k_tile + warp_row * kRow, kKeys, q_part, Queries);
 #pragma unroll
             for (int m = 0; m < Rows; ++m)
 #pragma unroll
                 for (int n = 0; n < QT; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
-                        ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - delta[part + 8 * n + e % 2]);
+                        ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - delta[8 * n + e % 2]);
             if (!whole) hide(ds);
             to_operand<T>(operand, ds);
-            product_ab<T, D>(dk, operand, q_part, chunk);
+            product_ab<T, D>(dk, operand, q_part, 0, chunk);
         }
         keep(1 - stage, statistic);
-        if (++tile == first + count) tile = first, ++head;
     }
     cp_async_wait<0>();
     __syncthreads();  // the gradients take the places of k and v
@@ -179,11 +203,18 @@ __global__ void __launch_bounds__(RowWarps* Halves* kWarp)
 #pragma unroll
     for (int m = 0; m < Rows; ++m) scale[m][0] = scale[m][1] = s.scale, one[m][0] = one[m][1] = 1.0f;
     unsigned char* place = memory + warp_row * kRow;
-    store_rows<T, D>(dk, scale, place, row_of<T>(a.dk, at.batch, at.head, seq.k_begin + w0), a.dk.time, chunk,
-                     seq.tk - w0, head_dim);
-    store_rows<T, D>(dv, one, place + kKeyBytes, row_of<T>(a.dv, at.batch, at.head, seq.k_begin + w0), a.dv.time, chunk,
-                     seq.tk - w0, head_dim);
+    store_rows<T, D>(dk, scale, place, kept.dk + warp_row * a.dk.time, a.dk.time, chunk, seq.tk - w0, head_dim);
+    store_rows<T, D>(dv, one, place + kKeyBytes, kept.dv + warp_row * a.dv.time, a.dv.time, chunk, seq.tk - w0, head_dim);
 }
+
+// What dq's loop needs seldom, behind its tiles in shared memory.
+template <class T, int Warps, int Queries>
+struct DqKept {
+    Bounds keys[Warps];
+    float lse[Queries], delta[Queries], slope;
+    const T *k, *v;  // of the sequence's first key
+    T* dq;           // of the block's first query
+};
 
 template <class T, int D, int Rows, int Warps, int Keys, int Part>
 __global__ void __launch_bounds__(Warps* kWarp)
@@ -199,18 +230,30 @@ __global__ void __launch_bounds__(Warps* kWarp)
     if (i0 >= seq.tq) return;
     const int i1 = min(i0 + kQueries, seq.tq) - 1, head_dim = static_cast<int>(s.D);
     const int key_head = at.head / static_cast<int>(s.H / s.Hkv);
-    const T* k = row_of<T>(a.k, at.batch, key_head, seq.k_begin);
-    const T* v = row_of<T>(a.v, at.batch, key_head, seq.k_begin);
 
     unsigned char* memory = shared_memory<unsigned char>();
     const Shared q_tile = shared_at(memory), dout_tile = q_tile + kQueryBytes, tiles = dout_tile + kQueryBytes;
+    auto& kept = *reinterpret_cast<DqKept<T, Warps, kQueries>*>(memory + 2 * kQueryBytes + 4 * kTileBytes);
+    for (int i = static_cast<int>(threadIdx.x); i < kQueries; i += kThreads) {
+        const int64_t from = at.batch * s.lse_batch + at.head * s.lse_head + seq.q_begin + i0 + i;
+        kept.lse[i] = i0 + i < seq.tq ? a.lse[from] : 0.0f;
+        kept.delta[i] = i0 + i < seq.tq ? a.delta[from] : 0.0f;
+    }
+    if (threadIdx.x == 0) {
+        kept.slope = s.alibi_slopes == nullptr ? 0.0f : s.alibi_slopes[at.batch * s.alibi_stride + at.head];
+        kept.k = row_of<T>(a.k, at.batch, key_head, seq.k_begin);
+        kept.v = row_of<T>(a.v, at.batch, key_head, seq.k_begin);
+        kept.dq = row_of<T>(a.dq, at.batch, at.head, seq.q_begin + i0);
+    }
+    __syncthreads();
     const int first = seq.first_key(i0) / Keys, last = seq.last_key(i1);
     const int end = last < seq.first_key(i0) ? first : last / Keys + 1;
     const auto fetch = [&](int tile, int stage) {
         const int64_t row = int64_t(tile) * Keys;
         const int rows = seq.tk - tile * Keys;
-        copy_tile<Keys, D, kThreads>(tiles + 2 * stage * kTileBytes, k + row * a.k.time, a.k.time, rows, head_dim);
-        copy_tile<Keys, D, kThreads>(tiles + (2 * stage + 1) * kTileBytes, v + row * a.v.time, a.v.time, rows, head_dim);
+        copy_tile<Keys, D, kThreads>(tiles + 2 * stage * kTileBytes, kept.k + row * a.k.time, a.k.time, rows, head_dim);
+        copy_tile<Keys, D, kThreads>(tiles + (2 * stage + 1) * kTileBytes, kept.v + row * a.v.time, a.v.time, rows,
+                                        head_dim);
     };
     copy_tile<kQueries, D, kThreads>(q_tile, row_of<T>(a.q, at.batch, at.head, seq.q_begin + i0), a.q.time, seq.tq - i0,
                                      head_dim);
@@ -220,20 +263,10 @@ __global__ void __launch_bounds__(Warps* kWarp)
     cp_async_commit();
 
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const int warp_row = static_cast<int>(threadIdx.x) / kWarp * kWarpRows, w0 = i0 + warp_row, w1 = w0 + kWarpRows - 1;
-    float lse[Rows][2], delta[Rows][2], dq[Rows][NT][4];
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, warp_row = warp * kWarpRows, w0 = i0 + warp_row;
+    if (lane == 0) kept.keys[warp] = seq.keys_of(w0, w0 + kWarpRows - 1);
+    float dq[Rows][NT][4];
     clear(dq);
-#pragma unroll
-    for (int m = 0; m < Rows; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int i = w0 + 16 * m + 8 * half + g;
-            const int64_t from = at.batch * s.lse_batch + at.head * s.lse_head + seq.q_begin + i;
-            lse[m][half] = i < seq.tq ? a.lse[from] : 0.0f;
-            delta[m][half] = i < seq.tq ? a.delta[from] : 0.0f;
-        }
-    Probability probability = {s.scale, 0.0f, s.alibi_slopes != nullptr};
-    if (probability.biased) probability.slope = s.alibi_slopes[at.batch * s.alibi_stride + at.head];
 
 #pragma unroll 1
     for (int tile = first; tile < end; ++tile) {
@@ -245,28 +278,30 @@ __global__ void __launch_bounds__(Warps* kWarp)
 #pragma unroll 1
         for (int part = 0; part < Keys; part += Part) {
             const int j0 = tile * Keys + part, j1 = j0 + Part - 1;
-            if (!seq.any_seen(w0, w1, j0, j1)) continue;
-            const Shared k_part = tiles + (2 * stage * kTileBytes + part * kRow), v_part = k_part + kTileBytes;
+            if (!kept.keys[warp].any(j0, j1)) continue;
+            const Shared k_part = tiles + (2 * stage * kTileBytes + part * kRow);
             float p[Rows][KT][4], ds[Rows][KT][4];
             clear(p);
-            product_abt<T, D>(p, q_tile + warp_row * kRow, k_part);
+            product_abt<T, D>(p, q_tile + warp_row * kRow, 0, k_part, 0);
+            const Probability probability = {s.scale, kept.slope, s.alibi_slopes != nullptr};
+            const float *lse = kept.lse + warp_row + g, *delta = kept.delta + warp_row + g;
 #pragma unroll
             for (int m = 0; m < Rows; ++m)
 #pragma unroll
                 for (int n = 0; n < KT; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
-                        p[m][n][e] = probability(p[m][n][e], lse[m][e / 2],
+                        p[m][n][e] = probability(p[m][n][e], lse[16 * m + e / 2 * 8],
                                                  seq.above(w0 + g) - (j0 + 2 * t) + (16 * m + e / 2 * 8 - 8 * n - e % 2));
             clear(ds);
-            product_abt<T, D>(ds, dout_tile + warp_row * kRow, v_part);
+            product_abt<T, D>(ds, q_tile + warp_row * kRow, kQueries, k_part, Keys);
 #pragma unroll
             for (int m = 0; m < Rows; ++m)
 #pragma unroll
                 for (int n = 0; n < KT; ++n)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - delta[m][e / 2]);
-            if (!seq.all_seen(w0, w1, j0, j1)) {
+                    for (int e = 0; e < 4; ++e) ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - delta[16 * m + e / 2 * 8]);
+            if (!kept.keys[warp].all(j0, j1)) {
                 const Mask mask(seq, w0 + g, j0 + 2 * t);
 #pragma unroll
                 for (int m = 0; m < Rows; ++m)
@@ -278,7 +313,7 @@ __global__ void __launch_bounds__(Warps* kWarp)
             }
             uint32_t operand[Rows][KT / 2][4];
             to_operand<T>(operand, ds);
-            product_ab<T, D>(dq, operand, k_part, 0);
+            product_ab<T, D>(dq, operand, k_part, 0, 0);
         }
     }
     cp_async_wait<0>();
@@ -286,14 +321,14 @@ __global__ void __launch_bounds__(Warps* kWarp)
     float scale[Rows][2];
 #pragma unroll
     for (int m = 0; m < Rows; ++m) scale[m][0] = scale[m][1] = s.scale;
-    store_rows<T, D>(dq, scale, memory + warp_row * kRow, row_of<T>(a.dq, at.batch, at.head, seq.q_begin + w0),
-                     a.dq.time, 0, seq.tq - w0, head_dim);
+    store_rows<T, D>(dq, scale, memory + warp_row * kRow, kept.dq + warp_row * a.dq.time, a.dq.time, 0, seq.tq - w0,
+                     head_dim);
 }
 
 template <class T>
 void attention_bwd_launch(const AttentionBwdArgs& a, void* stream) {
     const AttentionShape& s = a.shape;
-    const auto run = [&](auto kernel, int64_t tiles, int64_t heads, int threads, int bytes) {
+    const auto run = [&](auto kernel, int64_t tiles, int64_t heads, int threads, size_t bytes) {
         const int64_t blocks = tiles * heads * s.B;
         if (blocks > 0) launch("attention", kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), bytes, stream, a);
     };
@@ -308,13 +343,13 @@ void attention_bwd_launch(const AttentionBwdArgs& a, void* stream) {
             constexpr int kKeys = 16 * kRows * kRowWarps, kQueries = D == 64 ? 64 : D == 256 ? 16 : 32;
             run(attention_bwd_dkdv_kernel<T, D, kRows, kRowWarps, kHalves, kQueries, (D == 256 ? 16 : 32)>,
                 ceil_div<int64_t>(s.Tk, kKeys), s.Hkv, kRowWarps * kHalves * kWarp,
-                (2 * kKeys + 4 * kQueries) * kRow + 4 * kQueries * static_cast<int>(sizeof(float)));
+                (2 * kKeys + 4 * kQueries) * kRow + sizeof(DkdvKept<T, kRowWarps * kHalves, kQueries>));
         }
         {
             constexpr int kRows = D <= 128 ? 2 : 1, kWarps = 4, kQueries = 16 * kRows * kWarps;
             constexpr int kKeys = D <= 80 ? 64 : D == 256 ? 16 : 32;
             run(attention_bwd_dq_kernel<T, D, kRows, kWarps, kKeys, (D == 256 ? 16 : 32)>,
-                ceil_div<int64_t>(s.Tq, kQueries), s.H, kWarps * kWarp, (2 * kQueries + 4 * kKeys) * kRow);
+                ceil_div<int64_t>(s.Tq, kQueries), s.H, kWarps * kWarp, (2 * kQueries + 4 * kKeys) * kRow + sizeof(DqKept<T, kWarps, kQueries>));
         }
     });
 }

@@ -18,11 +18,10 @@ namespace cgpt::cuda {
 // What the loop seldom or never needs, in shared memory behind the tiles: every register is taken.
 template <class T, int Warps>
 struct FwdKept {
-    struct {
-        int any_first, any_last, all_first, all_last;  // keys that some of a warp's queries see, and that all see
-    } keys[Warps];
-    T* out;      // of the block's first query
-    float* lse;  // likewise, or null
+    Bounds keys[Warps];
+    const T *k, *v;  // of the sequence's first key
+    T* out;          // of the block's first query
+    float* lse;      // likewise, or null
     float slope;
 };
 
@@ -40,17 +39,18 @@ __global__ void __launch_bounds__(Warps* kWarp) attention_fwd_kernel(const __gri
     const int i1 = min(i0 + kQueries, seq.tq) - 1, head_dim = static_cast<int>(s.D);
     const int key_head = at.head / static_cast<int>(s.H / s.Hkv);
     const T* q = row_of<T>(a.q, at.batch, at.head, seq.q_begin + i0);
-    const T* k = row_of<T>(a.k, at.batch, key_head, seq.k_begin);
-    const T* v = row_of<T>(a.v, at.batch, key_head, seq.k_begin);
 
     unsigned char* memory = shared_memory<unsigned char>();
     auto& kept = *reinterpret_cast<FwdKept<T, Warps>*>(memory + kQueryBytes + Ring * kTileBytes);
     const Shared q_tile = shared_at(memory), ring = q_tile + kQueryBytes;
     if (threadIdx.x == 0) {
+        kept.k = row_of<T>(a.k, at.batch, key_head, seq.k_begin);
+        kept.v = row_of<T>(a.v, at.batch, key_head, seq.k_begin);
         kept.out = row_of<T>(a.out, at.batch, at.head, seq.q_begin + i0);
         kept.lse = a.lse == nullptr ? nullptr : a.lse + at.batch * s.lse_batch + at.head * s.lse_head + seq.q_begin + i0;
         kept.slope = s.alibi_slopes == nullptr ? 0.0f : s.alibi_slopes[at.batch * s.alibi_stride + at.head];
     }
+    __syncthreads();
     const int first = seq.first_key(i0) / Keys, last = seq.last_key(i1);
     const int end = last < seq.first_key(i0) ? first : last / Keys + 1;
     int reading = 0;  // the ring's slot that is computed with; the one before it is filled
@@ -60,24 +60,21 @@ __global__ void __launch_bounds__(Warps* kWarp) attention_fwd_kernel(const __gri
                                          seq.tk - tile * Keys, head_dim);
         cp_async_commit();
     };
-    const auto fetch_k = [&](int tile) { fetch(k, a.k.time, tile, reading == 0 ? Ring - 1 : reading - 1); };
-    const auto fetch_v = [&](int tile) { fetch(v, a.v.time, tile, reading == 0 ? Ring - 1 : reading - 1); };
+    const auto fetch_k = [&](int tile) { fetch(kept.k, a.k.time, tile, reading == 0 ? Ring - 1 : reading - 1); };
+    const auto fetch_v = [&](int tile) { fetch(kept.v, a.v.time, tile, reading == 0 ? Ring - 1 : reading - 1); };
     const auto next = [&] {  // the tile at `reading` is there for all, and all have left the one before it
         cp_async_wait<Ring - 2>();
         __syncthreads();
     };
 
     copy_tile<kQueries, D, kThreads>(q_tile, q, a.q.time, seq.tq - i0, head_dim);
-    fetch(k, a.k.time, first, 0);
-    if constexpr (Ring > 2) fetch(v, a.v.time, first, 1);
-    if constexpr (Ring > 3) fetch(k, a.k.time, first + 1, 2);
+    fetch(kept.k, a.k.time, first, 0);
+    if constexpr (Ring > 2) fetch(kept.v, a.v.time, first, 1);
+    if constexpr (Ring > 3) fetch(kept.k, a.k.time, first + 1, 2);
 
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, warp = static_cast<int>(threadIdx.x) / kWarp;
     const int warp_row = warp * kWarpRows, w0 = i0 + warp_row;
-    if (lane == 0) {
-        const int w1 = min(w0 + kWarpRows, seq.tq) - 1;
-        kept.keys[warp] = {seq.first_key(w0), w1 < w0 ? -1 : seq.last_key(w1), seq.first_key(w1), seq.last_key(w0)};
-    }
+    if (lane == 0) kept.keys[warp] = seq.keys_of(w0, w0 + kWarpRows - 1);
     const bool general = s.alibi_slopes != nullptr || !(s.scale > 0.0f);
     const float unit = general ? 1.0f : s.scale, to_exp2 = unit * kLog2e;
 
@@ -92,7 +89,7 @@ __global__ void __launch_bounds__(Warps* kWarp) attention_fwd_kernel(const __gri
         const int j0 = tile * Keys, j1 = j0 + Keys - 1;
         uint32_t weights[Rows][KT / 2][4];
         next();
-        const bool any = kept.keys[warp].any_first <= j1 && j0 <= kept.keys[warp].any_last;
+        const bool any = kept.keys[warp].any(j0, j1);
         if constexpr (Ring == 2) fetch_v(tile);
         if constexpr (Ring == 3) fetch_k(tile + 1);
         if constexpr (Ring == 4) fetch_v(tile + 1);
@@ -123,7 +120,7 @@ __global__ void __launch_bounds__(Warps* kWarp) attention_fwd_kernel(const __gri
                         }
                     }
             } else {
-                product_abt<T, D>(p, q_tile + warp_row * Tile<D>::kRowBytes, k_tile);
+                product_abt<T, D>(p, q_tile + warp_row * Tile<D>::kRowBytes, 0, k_tile, 0);
             }
             if (general) {
                 const float slope = kept.slope;
@@ -137,7 +134,7 @@ __global__ void __launch_bounds__(Warps* kWarp) attention_fwd_kernel(const __gri
                             p[m][n][e] = fmaf(p[m][n][e], s.scale, -slope * fabsf(static_cast<float>(away)));
                         }
             }
-            if (j0 < kept.keys[warp].all_first || j1 > kept.keys[warp].all_last) {
+            if (!kept.keys[warp].all(j0, j1)) {
                 const Mask mask(seq, w0 + g, j0 + 2 * t);
 #pragma unroll
                 for (int m = 0; m < Rows; ++m)
@@ -189,7 +186,7 @@ __global__ void __launch_bounds__(Warps* kWarp) attention_fwd_kernel(const __gri
         if constexpr (Ring == 2) fetch_k(tile + 1);
         if constexpr (Ring == 3) fetch_v(tile + 1);
         if constexpr (Ring == 4) fetch_k(tile + 2);
-        if (any) product_ab<T, D>(out, weights, ring + reading * kTileBytes, 0);
+        if (any) product_ab<T, D>(out, weights, ring + reading * kTileBytes, 0, 0);
         reading = reading + 1 == Ring ? 0 : reading + 1;
     }
     cp_async_wait<0>();  // where no key is seen nobody has waited for the queries, whose place the outputs take
