@@ -131,6 +131,8 @@ class NinjaBuildExt(build_ext):
             )
             for source in sorted((csrc / "cuda").glob("*.cu")):
                 file.compile("nvcc", source, f"cuda_{source.stem}")
+            for source in sorted((csrc / "cuda").glob("*.cpp")):
+                file.compile("cxx", source, f"cuda_{source.stem}", f"-isystem {quote(home / 'include')}")
             libraries = f"-L{quote(home / 'lib64')} -L{quote(home / 'lib')} -lcudart_static -lrt {libraries}"
         file.rule("link", f"{cxx} -shared -Wl,--exclude-libs,ALL -s $in {libraries} -o $out", depfile=False)
         file.link("link", target)

@@ -39,6 +39,9 @@ INSTRUCTIONS = {
 # kernel (its name's beginning) -> what it is built on: a kernel without one of these is not the kernel that was meant
 MUST_HAVE = {
     "adamw_kernel": ("LDG.128",),
+    "gelu_mlp_bwd_kernel": ("LDG.128", "STG.128"),
+    "gelu_mlp_fwd_kernel": ("LDG.128", "STG.128"),
+    "gemm_kernel": ("HMMA", "LDGSTS", "LDSM"),
 }
 
 # kernel (its name's beginning) -> why its spills may stay, with numbers

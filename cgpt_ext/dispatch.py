@@ -2,6 +2,7 @@
 
 Implementations: `native` (csrc/, C++ on a CPU, CUDA on a GPU), `triton` (cgpt_ext/triton/) and `reference` (the
 `<op>_ref` beside each op: plain torch, any device, only when asked for by name). Nothing falls back by itself.
+gelu_mlp on a GPU has `cublas` and `cublaslt` besides, NVIDIA's products with our epilogues or with theirs.
 
 Another one for a test, a bench or a single call is asked for around it, and serves its backward pass too where that is
 run inside the block:
@@ -37,7 +38,10 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
         "cpu": ("native", "tokens and positions in one pass; gradients summed in fp32, in token order"),
         "cuda": ("native", "one pass; gradients from sorted ids, without atomics; not yet run on a GPU"),
     },
-    "gelu_mlp": {"cpu": ("native", "torch's matrix products with fused epilogues; level with torch, GEMM-bound")},
+    "gelu_mlp": {
+        "cpu": ("native", "torch's matrix products with fused epilogues; level with torch, GEMM-bound"),
+        "cuda": ("cublas", "torch's matrix products with fused epilogues between, until our GEMM has run on a GPU"),
+    },
     "cross_entropy": {
         "cpu": (
             "native",
@@ -59,6 +63,7 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
 BESIDES: dict[str, tuple[str, ...]] = {
     "adamw": ("triton",),
     "attention": ("triton",),
+    "gelu_mlp": ("cublas", "cublaslt", "triton"),
     "layer_norm": ("triton",),
 }
 

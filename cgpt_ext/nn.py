@@ -8,7 +8,7 @@ from torch import Tensor
 from cgpt_ext.ops.attention import attention_qkv
 from cgpt_ext.ops.cross_entropy import cross_entropy
 from cgpt_ext.ops.embedding import embedding
-from cgpt_ext.ops.gelu_mlp import check_activation, gelu_mlp
+from cgpt_ext.ops.gelu_mlp import gelu_mlp
 from cgpt_ext.ops.grad_norm import grad_norm
 from cgpt_ext.ops.layer_norm import layer_norm
 
@@ -43,7 +43,8 @@ class GeluMLP(torch.nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, activation: str = "gelu", bias: bool = True, device=None, dtype=None):
         super().__init__()
-        check_activation(activation)
+        if activation not in ("gelu", "gelu_tanh"):
+            raise ValueError(f"GeluMLP: activation must be gelu or gelu_tanh, got {activation}")
         self.activation = activation
         self.c_fc = torch.nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
         self.c_proj = torch.nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
@@ -53,6 +54,22 @@ class GeluMLP(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, self.activation)
+
+
+class SwiGLU(torch.nn.Module):
+    """(silu(x Wg + bg) * (x Wu + bu)) Wd + bd: (..., d_model) -> 2 x (..., d_ff) -> (..., d_model).
+
+    `c_fc` is one torch.nn.Linear for both projections, the gate's d_ff rows first; `c_proj` is the one down. Under
+    torch.autocast inputs and weights are cast as torch.nn.Linear would cast them.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, bias: bool = False, device=None, dtype=None):
+        super().__init__()
+        self.c_fc = torch.nn.Linear(d_model, 2 * d_ff, bias=bias, device=device, dtype=dtype)
+        self.c_proj = torch.nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, "swiglu")
 
 
 class LayerNorm(torch.nn.LayerNorm):

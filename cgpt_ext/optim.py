@@ -21,7 +21,8 @@ class AdamW(torch.optim.AdamW):
     - `"fp32"`: state `master`, an fp32 copy; the parameter is the copy rounded to nearest even.
     - `"split"`: state `low`, the int16 half that together with the bf16 parameter is the fp32 weight (see
       `cgpt_ext.split_master`): 2 bytes less a parameter. bf16 only.
-    - `None`: nothing, as torch: steps below half the weight's last bit are lost.
+    - `None`: nothing, as torch: steps below half the weight's last bit are lost, unless `stochastic_rounding_seed` is
+      given: bf16 parameters are then rounded up or down at random, so that such steps add up on average.
 
     A master is made from its parameter at the first step. Whoever overwrites the weights later also loads a fitting
     optimizer state, or starts a new optimizer.
@@ -34,9 +35,12 @@ class AdamW(torch.optim.AdamW):
         params, lr, betas, eps, weight_decay, maximize: as torch's. `lr` may be a tensor, read at every step.
         amsgrad, differentiable: not served.
         master: see above; also a key of parameter groups.
+        stochastic_rounding_seed: an int, for `master=None` alone; also a key of parameter groups. The random bits are a
+            function of it, the step and the element (`cgpt_ext.adamw_`), so a resumed run repeats them.
 
     Raises:
-        ValueError: for amsgrad, differentiable, an unknown master, a split master of fp16, a number out of range.
+        ValueError: for amsgrad, differentiable, an unknown master, a split master of fp16, a seed beside a master, a
+            number out of range.
         TypeError: for parameters or gradients in another dtype than fp32, bf16, fp16.
     """
 
@@ -57,6 +61,7 @@ class AdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         master: str | None = "fp32",
+        stochastic_rounding_seed: int | None = None,
     ):
         for name, value in (("amsgrad", amsgrad), ("differentiable", differentiable)):
             if value:
@@ -72,19 +77,19 @@ class AdamW(torch.optim.AdamW):
             capturable=capturable,
             fused=fused,
         )
-        self.defaults["master"] = master
+        self.defaults.update(master=master, stochastic_rounding_seed=stochastic_rounding_seed)
         for group in self.param_groups:
-            _check_group(group, master)
+            _check_group(group, self.defaults)
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         if "master" in self.defaults:  # torch's constructor adds the first groups before that
-            _check_group(self.param_groups[-1], self.defaults["master"])
+            _check_group(self.param_groups[-1], self.defaults)
 
     def __setstate__(self, state):
         super().__setstate__(state)
         for group in self.param_groups:
-            _check_group(group, self.defaults.get("master", "fp32"))
+            _check_group(group, self.defaults)
 
     def load_state_dict(self, state_dict):
         """Loads a state_dict, of torch.optim.AdamW too; each state keeps its own dtype, where torch would cast it."""
@@ -111,14 +116,14 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for group in self.param_groups:
+        for place, group in enumerate(self.param_groups):
             for (device, kept), params in self._by_kernel(group).items():
                 scale = None if grad_scale is None else grad_scale.to(device).double().reciprocal().float().reshape(())
-                self._step_group(group, params, kept, scale, found_inf)
+                self._step_group(group, params, kept, scale, found_inf, place)
         return loss
 
     def _by_kernel(self, group) -> dict[tuple[torch.device, str], list[Tensor]]:
-        """The parameters that have gradients, by device and by where their fp32 weight is: "", "master" or "low"."""
+        """The parameters that have gradients, by device and by what keeps small steps: a state, "stochastic" or ""."""
         found = defaultdict(list)
         for param in group["params"]:
             if param.grad is None:
@@ -126,6 +131,8 @@ class AdamW(torch.optim.AdamW):
             if param.grad.is_sparse:
                 raise ValueError("AdamW: gradients must be dense, got a sparse one")
             kept = self._prepare(param, group["master"])
+            if not kept and param.dtype == torch.bfloat16 and group["stochastic_rounding_seed"] is not None:
+                kept = "stochastic"
             found[param.device, kept].append(param)
         return found
 
@@ -153,11 +160,11 @@ class AdamW(torch.optim.AdamW):
                 param.copy_(high)
         return kept
 
-    def _step_group(self, group, params, kept, grad_scale, found_inf):
+    def _step_group(self, group, params, kept, grad_scale, found_inf, place):
         states = [self.state[param] for param in params]
         layout = [_layout(param) for param in params]
         weights = [_like(param, to) for param, to in zip(params, layout, strict=True)]
-        for key in ("exp_avg", "exp_avg_sq", kept) if kept else ("exp_avg", "exp_avg_sq"):
+        for key in ("exp_avg", "exp_avg_sq", *([kept] if kept in ("master", "low") else [])):
             for state, to in zip(states, layout, strict=True):
                 state[key] = _like(state[key], to)  # a loaded state may be laid out otherwise
         steps = [state["step"] for state in states]
@@ -187,15 +194,20 @@ class AdamW(torch.optim.AdamW):
             lows=[state["low"] for state in states] if kept == "low" else None,
             grad_scale=grad_scale,
             maximize=group["maximize"],
+            # Groups step in calls of their own, and calls of one seed would share their random bits.
+            stochastic_rounding_seed=group["stochastic_rounding_seed"] + place if kept == "stochastic" else None,
         )
         for param, weight in zip(params, weights, strict=True):
             if weight is not param:
                 param.copy_(weight)
 
 
-def _check_group(group, master):
-    if group.setdefault("master", master) not in MASTERS:
+def _check_group(group, defaults):
+    if group.setdefault("master", defaults.get("master", "fp32")) not in MASTERS:
         raise ValueError(f"AdamW: master must be 'fp32', 'split' or None, got {group['master']!r}")
+    seed = group.setdefault("stochastic_rounding_seed", defaults.get("stochastic_rounding_seed"))
+    if seed is not None and group["master"] is not None:
+        raise ValueError(f"AdamW: stochastic_rounding_seed must be None with master {group['master']!r}, got {seed}")
     for name in ("amsgrad", "differentiable"):
         if group[name]:
             raise ValueError(f"AdamW: {name} must be False, got {group[name]}")

@@ -1,6 +1,7 @@
 // The border of adamw. Of each parameter: param and grad in fp32, bf16 or fp16; exp_avg, exp_avg_sq and master fp32;
 // low int16 beside a bf16 param; all of one shape and one dense layout, on one device, no two sharing memory.
-// step (fp32 or int64), lr (fp32 or fp64) and grad_scale (fp32) are 0-d tensors on that device where they are tensors.
+// step (fp32 or int64), lr (fp32 or fp64), grad_scale (fp32) and the seed (int64) are 0-d tensors on that device where
+// they are tensors.
 #include "adamw.h"
 
 #include <algorithm>
@@ -84,7 +85,7 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
            const std::vector<View>& exp_avg_sqs, const std::vector<View>& steps, int64_t step, double lr,
            const std::optional<View>& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
            const std::vector<View>& masters, const std::vector<View>& lows, const std::optional<View>& grad_scale,
-           bool maximize) {
+           bool maximize, const std::optional<int64_t>& seed, const std::optional<View>& seed_tensor) {
     const size_t n = params.size();
     check_count("grads", n, grads.size());
     check_count("exp_avgs", n, exp_avgs.size());
@@ -92,6 +93,9 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
     if (!masters.empty()) check_count("masters", n, masters.size());
     if (!lows.empty()) check_count("lows", n, lows.size());
     if (!masters.empty() && !lows.empty()) fail(kOp, "lows", "None where masters are given", "both");
+    const bool stochastic = seed || seed_tensor;
+    if (stochastic && !(masters.empty() && lows.empty()))
+        fail(kOp, "stochastic_rounding_seed", "None where masters or lows are given", "a seed");
     if (steps.size() > 1) check_count("step", n, steps.size());
     if (steps.empty() && step < 1) fail(kOp, "step", "at least 1", std::to_string(step));
     if (!(beta1 >= 0.0 && beta1 < 1.0)) fail(kOp, "beta1", "in [0, 1)", std::to_string(beta1));
@@ -99,7 +103,10 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
     if (!(eps >= 0.0)) fail(kOp, "eps", "at least 0", std::to_string(eps));
     if (n == 0) return;
 
-    const Weights weights = !masters.empty() ? Weights::master : !lows.empty() ? Weights::split : Weights::plain;
+    const Weights weights = !masters.empty() ? Weights::master
+                            : !lows.empty()  ? Weights::split
+                            : stochastic     ? Weights::stochastic
+                                             : Weights::plain;
     const std::vector<View>& rests = weights == Weights::master ? masters : lows;
     const View& first = params[0];
     std::vector<AdamWTensor> tensors;
@@ -127,7 +134,7 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
         if (numel == 0) continue;
         tensors.push_back({p.data, grads[i].data, exp_avgs[i].as<float>(), exp_avg_sqs[i].as<float>(),
                            rests.empty() ? nullptr : rests[i].data, own ? own->data : nullptr, numel, p.dtype,
-                           grads[i].dtype});
+                           grads[i].dtype, static_cast<int64_t>(i)});
         auto add = [&](const char* list, const View& v, int64_t bytes, bool written) {
             ranges.push_back({v.as<char>(), v.as<char>() + numel * bytes, written, list, i});
         };
@@ -145,6 +152,7 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
     }
     if (lr_tensor) check_scalar("lr", *lr_tensor, first, {DType::f32, DType::f64});
     if (grad_scale) check_scalar("grad_scale", *grad_scale, first, {DType::f32});
+    if (seed_tensor) check_scalar("stochastic_rounding_seed", *seed_tensor, first, {DType::i64});
     check_apart(ranges);
     if (tensors.empty()) return;
 
@@ -158,7 +166,9 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
                               data_or_null<float>(grad_scale),
                               lr_tensor ? lr_tensor->dtype : DType::other,
                               steps.empty() ? DType::other : steps[0].dtype,
-                              maximize};
+                              maximize,
+                              seed.value_or(0),
+                              data_or_null<int64_t>(seed_tensor)};
     AdamWArgs args = {hyper, weights, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr};
 #if defined(CGPT_CUDA)
     if (first.device == Device::cuda) return adamw_cuda(args, first.device_id);
@@ -166,7 +176,7 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
     if (first.device != Device::cpu) fail_device(kOp, first);
     std::vector<AdamWCoefficients> coefficients;
     coefficients.reserve(tensors.size());
-    for (const AdamWTensor& t : tensors) coefficients.push_back(adamw_coefficients(hyper, t.step));
+    for (const AdamWTensor& t : tensors) coefficients.push_back(adamw_coefficients(hyper, t.step, t.index));
     args.coefficients = coefficients.data();
     adamw_cpu(args);
 }

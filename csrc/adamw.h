@@ -12,11 +12,23 @@
 // This is torch's update with the division by c2 taken out of the loop: fewer roundings, one division an element.
 // ((1 - beta2) * g) * g reaches further than (1 - beta2) * g^2 before it overflows or underflows.
 //
-// The fp32 value p of a parameter is kept in one of three ways:
+// The fp32 value p of a parameter is kept in one of four ways:
 //   plain    in the parameter: exact for fp32; bf16 and fp16 lose to rounding what a step adds below their last bit
+//   stochastic  in the bf16 parameter, rounded up or down at random so that the mean is p: steps add up on average
 //   master   in an fp32 tensor beside it; the parameter is the master rounded to nearest even
 //   split    in the bf16 parameter and an int16 beside it: hi = (bits + 0x8000) >> 16, lo = bits - (hi << 16).
 //            This rounds ties away from zero, so the parameter differs from master.to(bfloat16) on exact ties.
+//
+// Stochastic rounding of element i of the call's tensor number n at step t: bf16 = (bits + (r >> 16)) >> 16, where r is
+// counted, not drawn, so that every owner has the same:
+//
+//   mix(x): x ^= x >> 16, x *= 0x7feb352d, x ^= x >> 15, x *= 0x846ca68b, x ^= x >> 16      modulo 2^32
+//   key_j = k after: k = j; for w in (seed, seed >> 32, t, t >> 32, n, i >> 32): k = mix(k + w + 0x9e3779b9)
+//   r = mix(mix(i ^ key_0) ^ key_1)
+//
+// and i counts the elements as they lie in memory. mix is lowbias32, the hash of 32 bits by two multiplications with
+// the least bias that C. Wellons' search found (Prospecting for Hash Functions, 2018). A vector of a CPU does it lane
+// by lane, which Philox's products of 64 bits (Salmon et al. 2011) would not let it.
 #pragma once
 
 #include <optional>
@@ -28,16 +40,17 @@
 
 namespace cgpt {
 
-enum class Weights : uint8_t { plain, master, split };
+enum class Weights : uint8_t { plain, master, split, stochastic };
 
 struct AdamWTensor {
     void* param;
     const void* grad;
     float *exp_avg, *exp_avg_sq;
-    void* rest;        // fp32 master or int16 low half, null for plain
+    void* rest;        // fp32 master or int16 low half, else null
     const void* step;  // 0-d on the device, or null: AdamWHyper::step
     int64_t numel;
     DType dtype, grad_dtype;
+    int64_t index;  // among the call's tensors
 };
 
 struct AdamWArgs {
@@ -48,12 +61,13 @@ struct AdamWArgs {
     const AdamWCoefficients* coefficients;  // one a tensor, on the CPU; a CUDA kernel computes its own
 };
 
-// `steps` holds no tensor (then `step` counts), one for all parameters, or one each.
+// `steps` holds no tensor (then `step` counts), one for all parameters, or one each. With a seed, or a tensor that
+// holds it (int64, 0-d), bf16 parameters are rounded stochastically.
 void adamw(const std::vector<View>& params, const std::vector<View>& grads, const std::vector<View>& exp_avgs,
            const std::vector<View>& exp_avg_sqs, const std::vector<View>& steps, int64_t step, double lr,
            const std::optional<View>& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
            const std::vector<View>& masters, const std::vector<View>& lows, const std::optional<View>& grad_scale,
-           bool maximize);
+           bool maximize, const std::optional<int64_t>& seed, const std::optional<View>& seed_tensor);
 
 // master (fp32) <-> high (bf16) and low (int16), contiguous, on the CPU.
 void split_master(const View& master, const View& high, const View& low);

@@ -24,6 +24,8 @@ struct AdamWHyper {
     const float* grad_scale;     // or null: 1
     DType lr_dtype, step_dtype;  // of lr_tensor; of every AdamWTensor::step
     bool maximize;
+    int64_t seed;                // of stochastic rounding
+    const int64_t* seed_tensor;  // or null: seed
 };
 
 // The hyperparameters at one step, computed in double and rounded once.
@@ -35,6 +37,7 @@ struct AdamWCoefficients {
     float minus_step_size;  // -(lr * sqrt(1 - beta2^t) / (1 - beta1^t))
     float eps;              // eps * sqrt(1 - beta2^t)
     bool skip;              // a step below 1 changes nothing
+    uint32_t keys[2];       // of stochastic rounding, before an element's own index
 };
 
 CGPT_SHARED double adamw_scalar(const void* p, DType dtype) {
@@ -58,8 +61,38 @@ CGPT_SHARED double adamw_power(double x, int64_t n) {
     return y;
 }
 
-// `step`: the tensor's own, or null.
-CGPT_SHARED AdamWCoefficients adamw_coefficients(const AdamWHyper& h, const void* step) {
+// U: uint32_t or a vector of them.
+template <class U>
+CGPT_SHARED U stochastic_mix(U x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+CGPT_SHARED uint32_t stochastic_absorb(uint32_t key, uint64_t word) {
+    return stochastic_mix(key + static_cast<uint32_t>(word) + 0x9e3779b9u);
+}
+
+// Keys complete for the elements whose index has these upper 32 bits.
+struct StochasticKeys {
+    uint32_t first, second;
+};
+CGPT_SHARED StochasticKeys stochastic_keys(const AdamWCoefficients& c, int64_t i) {
+    const auto high = static_cast<uint64_t>(i) >> 32;
+    return {stochastic_absorb(c.keys[0], high), stochastic_absorb(c.keys[1], high)};
+}
+
+// The bf16 that fp32 `bits` are rounded to at random, in the low halves; i: the element's index modulo 2^32; nan: all
+// ones where the value is a NaN, which stays one.
+template <class U>
+CGPT_SHARED U stochastic_round(U bits, U nan, U i, StochasticKeys keys) {
+    const U random = stochastic_mix(stochastic_mix(i ^ keys.first) ^ keys.second);
+    return (((bits + (random >> 16)) >> 16) & ~nan) | (((bits >> 16) | 0x40u) & nan);
+}
+
+// `step`: the tensor's own, or null; `index`: which of the call's tensors it is.
+CGPT_SHARED AdamWCoefficients adamw_coefficients(const AdamWHyper& h, const void* step, int64_t index) {
     const double given = step ? adamw_scalar(step, h.step_dtype) : static_cast<double>(h.step);
     const bool skip = !(given >= 1.0);
     const int64_t t = skip ? 1 : given < 0x1p62 ? static_cast<int64_t>(given) : int64_t(1) << 62;
@@ -76,6 +109,13 @@ CGPT_SHARED AdamWCoefficients adamw_coefficients(const AdamWHyper& h, const void
     c.minus_step_size = static_cast<float>(-(lr * root2 / correction1));
     c.eps = static_cast<float>(h.eps * root2);
     c.skip = skip;
+    const auto seed = static_cast<uint64_t>(h.seed_tensor ? *h.seed_tensor : h.seed), when = static_cast<uint64_t>(t);
+    for (uint32_t j = 0; j < 2; ++j) {
+        uint32_t key = j;
+        for (uint64_t word : {seed, seed >> 32, when, when >> 32, static_cast<uint64_t>(index)})
+            key = stochastic_absorb(key, word);
+        c.keys[j] = key;
+    }
     return c;
 }
 

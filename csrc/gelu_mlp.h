@@ -1,47 +1,136 @@
-// gelu_mlp: arguments and launchers of what stands between torch's matrix products. Shapes and dtypes are in
-// gelu_mlp.cpp, which checks them.
+// gelu_mlp: arguments and launchers of its matrix products with what follows them (on a GPU), and of what stands
+// between torch's own products (everywhere). Shapes and dtypes are in gelu_mlp.cpp, which checks them.
+//
+// F is the hidden width. pre holds what the activation reads: (rows, F), or for SwiGLU (rows, 2 F), the gate's columns
+// and then the up projection's. Sums over rows on a GPU are taken in two steps of a fixed order: of kPartialRows rows
+// each into `partials` (ceil(rows / kPartialRows), columns) of fp32, then over those.
 #pragma once
 
 #include <optional>
+#include <string>
 
 #include "cpu/isa.h"
 #include "view.h"
 
 namespace cgpt {
 
+enum class Activation : uint8_t { gelu, gelu_tanh, swiglu };
+
+inline constexpr int kPartialRows = 32;
+
 struct GeluMlpFwdArgs {
     const void *pre, *bias;  // bias may be null
-    void* act;               // may be pre
-    int64_t rows, cols;
+    void* act;               // may be pre, but for SwiGLU
+    int64_t rows, cols;      // of act
     DType dtype;
-    bool tanh;
+    Activation activation;
 };
 
 struct GeluMlpBwdArgs {
     const void *pre, *bias, *dact;  // bias may be null
-    void *act, *dpre, *dbias;       // dpre may be dact; dbias may be null
-    int64_t rows, cols;
+    void *act, *dpre, *dbias;       // dpre may be dact, but for SwiGLU; dbias may be null
+    float* partials;                // on a GPU, where dbias is not null
+    int64_t rows, cols;             // of act
     DType dtype;
-    bool tanh;
+    Activation activation;
 };
 
 struct GeluMlpBiasGradArgs {
     const void* dout;
     void* dbias;
+    float* partials;  // on a GPU
     int64_t rows, cols;
     DType dtype;
 };
 
+// A matrix of 16-bit values whose rows or columns are contiguous, at 16-byte boundaries.
+struct Matrix {
+    const void* data;
+    int64_t stride;  // elements between rows, or between columns where !row_major
+    bool row_major;
+};
+
+enum class GemmTileChoice : uint8_t { automatic, large, medium, small };  // 128 x 256, 128 x 128, 64 x 64
+
+// out = a b^T + bias;  a (m, k), b (n, k), out (m, n) contiguous
+struct GeluMlpProductArgs {
+    Matrix a, b;
+    const void* bias;  // may be null
+    void* out;
+    int64_t m, n, k;
+    DType dtype;
+    GemmTileChoice tile;
+};
+
+// pre = x w1^T + b1, act = f(pre);  x (m, k), w1 (n, k) or for SwiGLU (2 n, k), act (m, n)
+struct GeluMlpLinearFwdArgs {
+    Matrix x, w1;
+    const void* b1;   // may be null
+    void *pre, *act;  // pre may be null
+    int64_t m, n, k;
+    DType dtype;
+    Activation activation;
+    GemmTileChoice tile;
+};
+
+// dpre = (dout w2) f'(pre), act = f(pre), db1 = sum over rows of dpre;  dout (m, k), w2 (k, n), act (m, n)
+struct GeluMlpLinearBwdArgs {
+    Matrix dout, w2;
+    const void* pre;
+    void *dpre, *act, *db1;  // act and db1 may be null
+    float* partials;         // where db1 is not null
+    int64_t m, n, k;
+    DType dtype;
+    Activation activation;
+    GemmTileChoice tile;
+};
+
+// What cuBLASLt is given besides: memory to work in, and where its library is should torch not have loaded one.
+struct LtWorkspace {
+    void* data;
+    int64_t bytes;
+    std::string library;
+};
+
 // The border before the first matrix product: what gelu_mlp's own arguments must be.
 void gelu_mlp_check(const View& x, const View& w1, const std::optional<View>& b1, const View& w2,
-                    const std::optional<View>& b2);
+                    const std::optional<View>& b2, const std::string& activation);
 
-void gelu_mlp_fwd(const View& pre, const std::optional<View>& bias, const View& act, bool tanh);
+void gelu_mlp_fwd(const View& pre, const std::optional<View>& bias, const View& act, const std::string& activation);
 
 void gelu_mlp_bwd(const View& pre, const std::optional<View>& bias, const View& dact, const View& act, const View& dpre,
-                  const std::optional<View>& dbias, bool tanh);
+                  const std::optional<View>& dbias, const std::optional<View>& partials, const std::string& activation);
 
-void gelu_mlp_bias_grad(const View& dout, const View& dbias);
+void gelu_mlp_bias_grad(const View& dout, const View& dbias, const std::optional<View>& partials);
+
+// The matrix products of csrc/cuda/gemm.cuh. `tile` is "auto", or by name for tests and benches.
+void gelu_mlp_product(const View& a, const View& b, const std::optional<View>& bias, const View& out,
+                      const std::string& tile);
+
+void gelu_mlp_linear_fwd(const View& x, const View& w1, const std::optional<View>& b1, const std::optional<View>& pre,
+                         const View& act, const std::string& activation, const std::string& tile);
+
+void gelu_mlp_linear_bwd(const View& dout, const View& w2, const View& pre, const View& dpre,
+                         const std::optional<View>& act, const std::optional<View>& db1,
+                         const std::optional<View>& partials, const std::string& activation, const std::string& tile);
+
+// The same with cuBLASLt's epilogues, "gelu_tanh" alone. `workspace` is of bytes.
+void gelu_mlp_cublaslt_fwd(const View& x, const View& w1, const std::optional<View>& b1, const std::optional<View>& pre,
+                           const View& act, const View& workspace, const std::string& library);
+
+void gelu_mlp_cublaslt_bwd(const View& dout, const View& w2, const View& pre, const View& dpre,
+                           const std::optional<View>& db1, const View& workspace, const std::string& library);
+
+#if defined(CGPT_CUDA)
+void gelu_mlp_fwd_cuda(const GeluMlpFwdArgs& args, int device_id);
+void gelu_mlp_bwd_cuda(const GeluMlpBwdArgs& args, int device_id);
+void gelu_mlp_bias_grad_cuda(const GeluMlpBiasGradArgs& args, int device_id);
+void gelu_mlp_product_cuda(const GeluMlpProductArgs& args, int device_id);
+void gelu_mlp_linear_fwd_cuda(const GeluMlpLinearFwdArgs& args, int device_id);
+void gelu_mlp_linear_bwd_cuda(const GeluMlpLinearBwdArgs& args, int device_id);
+void gelu_mlp_cublaslt_fwd_cuda(const GeluMlpLinearFwdArgs& args, const LtWorkspace& lt, int device_id);
+void gelu_mlp_cublaslt_bwd_cuda(const GeluMlpLinearBwdArgs& args, const LtWorkspace& lt, int device_id);
+#endif
 
 }  // namespace cgpt
 

@@ -55,6 +55,11 @@ PYBIND11_MODULE(_native, m) {
     m.def("gelu_mlp_fwd", &gelu_mlp_fwd, nogil);
     m.def("gelu_mlp_bwd", &gelu_mlp_bwd, nogil);
     m.def("gelu_mlp_bias_grad", &gelu_mlp_bias_grad, nogil);
+    m.def("gelu_mlp_product", &gelu_mlp_product, nogil);
+    m.def("gelu_mlp_linear_fwd", &gelu_mlp_linear_fwd, nogil);
+    m.def("gelu_mlp_linear_bwd", &gelu_mlp_linear_bwd, nogil);
+    m.def("gelu_mlp_cublaslt_fwd", &gelu_mlp_cublaslt_fwd, nogil);
+    m.def("gelu_mlp_cublaslt_bwd", &gelu_mlp_cublaslt_bwd, nogil);
     m.def("cross_entropy_check", &cross_entropy_check, nogil);
     m.def("cross_entropy_rows", &cross_entropy_rows, nogil);
     m.def("cross_entropy_share", &cross_entropy_share, nogil);

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import cgpt_ext
 from cgpt_ext import dispatch
+from cgpt_ext.ops.attention import attention_varlen_ref
 from numerics import DTYPES, run
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
@@ -77,6 +78,55 @@ def attention_qkv(device, dtype, B, T, H, D):
         return cgpt_ext.attention_ref(*heads(qkv), True).flatten(2)
 
     return Problem("attention", ours, reference, torchs, [qkv], dout)
+
+
+def attention_masked(device, dtype, B, Tq, Tk, H, Hkv, D, left, right, alibi):
+    """A window, and ALiBi's slopes where `alibi`: powers of two, so that torch's mask holds them in every dtype."""
+    q, k, v, dout = (
+        normal(device, dtype, *s) for s in ((B, Tq, H, D), (B, Tk, Hkv, D), (B, Tk, Hkv, D), (B, Tq, H, D))
+    )
+    slopes = 2.0 ** -torch.arange(1, H + 1, device=device) if alibi else None
+    ahead = torch.arange(Tk, device=device) - torch.arange(Tq, device=device)[:, None] - (Tk - Tq)
+    mask = torch.zeros(H, Tq, Tk, device=device)
+    if alibi:
+        mask -= slopes[:, None, None] * ahead.abs()
+    for hidden in (ahead < -left if left >= 0 else None, ahead > right if right >= 0 else None):
+        mask = mask if hidden is None else mask.masked_fill(hidden, -torch.inf)
+
+    def torchs(q, k, v):
+        k, v = (x.repeat_interleave(H // Hkv, 2) for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)).transpose(1, 2)
+
+    def ours(q, k, v):
+        return cgpt_ext.attention(q, k, v, False, None, (left, right), slopes)
+
+    def reference(q, k, v):
+        return cgpt_ext.attention_ref(q, k, v, False, None, (left, right), slopes)
+
+    return Problem("attention", ours, reference, torchs, [q, k, v], dout)
+
+
+def attention_varlen(device, dtype, H, Hkv, D, *lengths):
+    """Causal, in packed sequences of these lengths."""
+    total = sum(lengths)
+    q, k, v, dout = (normal(device, dtype, total, heads, D) for heads in (H, Hkv, Hkv, H))
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    seqlens = (cu_seqlens, cu_seqlens, max(lengths), max(lengths))
+
+    def torchs(q, k, v):
+        k, v = (x.repeat_interleave(H // Hkv, 1) for x in (k, v))
+        parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
+        outs = [F.scaled_dot_product_attention(*(x[None] for x in part), is_causal=True)[0] for part in parts]
+        return torch.cat(outs, 1).transpose(0, 1)
+
+    def ours(q, k, v):
+        return cgpt_ext.attention_varlen(q, k, v, *seqlens, True)
+
+    def reference(q, k, v):
+        return attention_varlen_ref(q, k, v, *seqlens, True)
+
+    return Problem("attention", ours, reference, torchs, [q, k, v], dout)
 
 
 def gelu_mlp(device, dtype, N, D, H, activation, transposed):
@@ -152,6 +202,11 @@ SIZES: list[tuple[Callable, tuple]] = [
         (1, 1000, 1000, 2, 2, 64, True),
     )),
     (attention_qkv, (2, 129, 2, 64)), (attention_qkv, (1, 200, 3, 80)),
+    *((attention_masked, size) for size in (
+        (2, 129, 129, 4, 2, 64, -1, 0, True), (1, 257, 257, 2, 2, 64, 64, 0, False),
+        (1, 67, 131, 2, 1, 128, 30, 5, True), (1, 200, 200, 2, 2, 80, -1, -1, True),
+    )),
+    (attention_varlen, (4, 2, 64, 129, 1, 64, 200)), (attention_varlen, (2, 2, 40, 67, 131)),
     *((gelu_mlp, size) for size in (
         (1, 8, 16, "gelu", False), (129, 64, 256, "gelu", True), (67, 96, 136, "gelu_tanh", True),
         (257, 768, 1024, "gelu", True), (128, 128, 512, "gelu_tanh", False),
@@ -167,13 +222,15 @@ SIZES: list[tuple[Callable, tuple]] = [
 ONE_EACH: list[tuple[Callable, tuple]] = [
     (attention, (2, 129, 129, 4, 2, 64, True)),
     (attention_qkv, (1, 200, 2, 64)),
+    (attention_masked, (1, 131, 200, 4, 2, 64, 70, 0, True)),
+    (attention_varlen, (2, 1, 64, 129, 3, 70)),
     (gelu_mlp, (129, 64, 256, "gelu", True)),
     (layer_norm, (129, 768, True)),
     (cross_entropy, (65, 64, 1003, 1e-3)),
     (embedding, (3, 67, 50, 96)),
 ]
 
-OP = {attention_qkv: "attention"}
+OP = {attention_qkv: "attention", attention_masked: "attention", attention_varlen: "attention"}
 
 
 def everywhere(sizes, dtypes=DTYPES) -> list:

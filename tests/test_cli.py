@@ -86,7 +86,12 @@ def test_a_model_past_the_memory_there_is(here, capsys, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(here, capsys):
-    assert "--device: wanted cuda, got a machine where torch" in refused(capsys, *TRAIN, "--device", "cuda")
+    wanted = f"cgpt: --device: wanted cuda, got a machine where torch {torch.__version__} finds no CUDA device"
+    assert refused(capsys, *TRAIN, "--device", "cuda") == wanted
+    assert not (here / "run").exists()
+    assert cli.main(TRAIN) == 0
+    for argv in (["eval", "run"], ["generate", "run"], ["train", "--resume", "--out", "run"]):
+        assert refused(capsys, *argv, "--device", "cuda") == wanted
 
 
 def write(path, data):

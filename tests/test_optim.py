@@ -101,6 +101,34 @@ def test_bf16_masters_keep_small_steps():
     assert torch.equal(run(None)[0].detach(), torch.ones(32, dtype=torch.bfloat16))
 
 
+def test_stochastic_rounding_adds_small_steps_up():
+    def moved(**options):
+        weights = [torch.nn.Parameter(torch.ones(5000, dtype=torch.bfloat16)) for _ in range(2)]
+        groups = [{"params": [w]} for w in weights]
+        optimizer = AdamW(groups, lr=1e-4, weight_decay=0.0, master=None, **options)
+        for _ in range(10):
+            for w in weights:
+                w.grad = torch.ones_like(w)
+            optimizer.step()
+        assert set(optimizer.state[weights[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+        return weights, optimizer
+
+    still, _ = moved()
+    assert all(torch.equal(w, torch.ones_like(w)) for w in still)
+    weights, optimizer = moved(stochastic_rounding_seed=11)
+    for w in weights:
+        assert w.float().mean().item() == pytest.approx(1 - 1e-3, abs=1e-4)
+    assert not torch.equal(*weights)  # groups do not share their bits
+    again, _ = moved(stochastic_rounding_seed=11)
+    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+    assert optimizer.state_dict()["param_groups"][0]["stochastic_rounding_seed"] == 11
+    mixed = AdamW([torch.nn.Parameter(torch.ones(3))], master=None, stochastic_rounding_seed=1)
+    mixed.param_groups[0]["params"][0].grad = torch.ones(3)
+    mixed.step()  # fp32 has no use for it
+    with pytest.raises(ValueError, match="stochastic_rounding_seed must be None with master 'fp32', got 3"):
+        AdamW([torch.nn.Parameter(torch.ones(2))], stochastic_rounding_seed=3)
+
+
 def test_masters_convert():
     net = model(torch.bfloat16)
     optimizer = AdamW(net.parameters(), lr=0.01)

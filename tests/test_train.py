@@ -242,6 +242,30 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(here):
     assert untimed(read(here / "cut")) == untimed(read(here / "whole"))
 
 
+def test_one_process_has_a_run_until_it_ends(here):
+    process = start("train", *COMMON, "--steps", "100000", "--out", "run", cwd=here)
+    wait_for((here / "run" / "checkpoints" / "latest").exists, process)
+    before = read(here / "run")
+    for config in (nano(resume=True, out=here / "run"), nano(resume=True, out=here / "run", steps=200_000)):
+        with pytest.raises(InputError) as refused:
+            train.train(config)
+        wanted = f"wanted a run that nobody is training, got one that process {process.pid} has"
+        assert str(refused.value) == f"{here / 'run'}: {wanted}"
+    process.kill()
+    process.communicate()
+    assert read(here / "run")[: len(before)] == before  # nothing of the run was touched
+    steps = checkpoint.newest(here / "run" / "checkpoints")[1]["step"]
+    assert train.train(TrainConfig(resume=True, out=here / "run", steps=steps + 1)).steps == steps + 1
+
+
+def test_a_run_that_could_not_be_opened_is_nobodys(here):
+    train.train(nano(steps=2))
+    with pytest.raises(InputError, match="--steps: wanted at least the 2 that") as kept:  # its traceback holds frames
+        train.train(nano(resume=True, steps=1))
+    assert train.train(nano(resume=True, steps=3)).steps == 3
+    assert kept
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, number):
     process = start("train", *COMMON, "--steps", "100000", "--out", "run", cwd=here)

@@ -21,6 +21,8 @@ from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation
 from cgpt_ext.ops._torch import direct, register
 
+_32_BITS = 0xFFFFFFFF
+
 
 def adamw_(
     params: Sequence[Tensor],
@@ -38,12 +40,13 @@ def adamw_(
     lows: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     maximize: bool = False,
+    stochastic_rounding_seed: int | Tensor | None = None,
 ) -> None:
     """Takes step number `step` (the first is 1) with every parameter, in place.
 
     All tensors of one parameter have its shape and its layout, which is dense in any order of the dimensions; no two
-    share memory; all are on one device. Tensors given for `step`, `lr` and `grad_scale` are 0-d on that device and are
-    read there, by the kernel.
+    share memory; all are on one device. Tensors given for `step`, `lr`, `grad_scale` and the seed are 0-d on that
+    device and are read there, by the kernel.
 
     Args:
         params: fp32, bf16 or fp16. Without `masters` and `lows`, bf16 and fp16 are rounded to nearest every step.
@@ -55,6 +58,10 @@ def adamw_(
         lows: int16 low halves of split masters whose high halves are the bf16 `params` (see `split_master`).
         grad_scale: fp32; multiplies every gradient: a clip coefficient, or one over a loss scale.
         maximize: ascends.
+        stochastic_rounding_seed: an int64, or an int64 tensor. The bf16 `params`, without masters and lows, are rounded
+            up or down at random instead of to nearest, so that steps below their last bit add up on average. The
+            random bits are a function of the seed, the step, the parameter's place in `params` and the element's in
+            memory, the same on every device (csrc/adamw.h states it): give lists that step together different seeds.
 
     Raises:
         ValueError: for a wrong shape, layout, device or number. TypeError: for a wrong dtype.
@@ -75,7 +82,13 @@ def adamw_(
         float(eps),
         float(weight_decay),
     )
-    rest = (masters, lows, grad_scale, bool(maximize))
+    seed = stochastic_rounding_seed
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, Tensor))):
+        raise TypeError(f"adamw: stochastic_rounding_seed must be an int or a tensor, got {type(seed).__name__}")
+    if isinstance(seed, int) and not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"adamw: stochastic_rounding_seed must fit 64 bits, got {seed}")
+    seeds = (None, seed) if isinstance(seed, Tensor) else (seed, None)
+    rest = (masters, lows, grad_scale, bool(maximize), *seeds)
     params = lists[0]
     _step(*lists, *scalars, *rest)
     if params and not torch.compiler.is_compiling():
@@ -98,6 +111,7 @@ def adamw_ref(
     lows: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     maximize: bool = False,
+    stochastic_rounding_seed: int | Tensor | None = None,
 ) -> None:
     """`adamw_` in plain torch, any device: the same bits in fp32, the truth where params and states are fp64."""
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -124,6 +138,8 @@ def adamw_ref(
             high, low = split_master(p)
             lows[i].copy_(low)
             p = high
+        if stochastic_rounding_seed is not None:
+            p = _stochastic(p, param, int(stochastic_rounding_seed), t, i)
         with torch.no_grad():
             param.copy_(p)
 
@@ -185,6 +201,32 @@ def _low_half(x: Tensor) -> Tensor:
     return ((x & 0xFFFF ^ 0x8000) - 0x8000).to(torch.int16)
 
 
+def _stochastic(x: Tensor, like: Tensor, seed: int, step: int, index: int) -> Tensor:
+    """fp32 `x` rounded to bf16 at random, by the generator of csrc/adamw.h; elements are counted as `like` lies."""
+    i = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+    for d in range(x.dim()):
+        along = torch.arange(x.shape[d], device=x.device) * like.stride(d)
+        i = i + along.view(-1, *[1] * (x.dim() - d - 1))
+    keys = []
+    for key in (0, 1):
+        for word in (seed, seed >> 32, step, step >> 32, index):
+            key = _mix(key + (word & _32_BITS) + 0x9E3779B9 & _32_BITS)
+        keys.append(_mix((i >> 32) + key + 0x9E3779B9 & _32_BITS))
+    random = _mix(_mix(i & _32_BITS ^ keys[0]) ^ keys[1])
+    bits = x.view(torch.int32)
+    rounded = torch.where(x.isnan(), bits >> 16 | 0x40, (bits.long() & _32_BITS) + (random >> 16) >> 16)
+    return _low_half(rounded).view(torch.bfloat16)
+
+
+def _mix(x):
+    """lowbias32 of an int or an int64 tensor below 2^32; products that pass 2^63 wrap, and their low half is right."""
+    x = x ^ x >> 16
+    x = x * 0x7FEB352D & _32_BITS
+    x = x ^ x >> 15
+    x = x * 0x846CA68B & _32_BITS
+    return x ^ x >> 16
+
+
 def _power(x: float, n: int) -> float:
     y = 1.0
     while n > 0:
@@ -240,6 +282,8 @@ def _launch(
     lows,
     grad_scale,
     maximize,
+    seed,
+    seed_tensor,
 ):
     chosen = implementation("adamw", params[0].device.type) if params else "native"
     if chosen == "native":
@@ -260,8 +304,15 @@ def _launch(
             lows,
             grad_scale,
             maximize,
+            seed,
+            seed_tensor,
         )
         return
+    stochastic = {} if seed is None and seed_tensor is None else {"stochastic_rounding_seed": seed}
+    if stochastic and chosen == "triton":
+        raise ValueError("adamw: stochastic_rounding_seed must be None for the Triton kernel, got a seed")
+    if seed_tensor is not None:
+        stochastic["stochastic_rounding_seed"] = seed_tensor
     if chosen == "triton":
         from cgpt_ext.triton.adamw import adamw_triton as run
     else:
@@ -281,13 +332,15 @@ def _launch(
         lows=lows or None,
         grad_scale=grad_scale,
         maximize=maximize,
+        **stochastic,
     )
 
 
 _step = register(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] steps,"
     " int step, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay,"
-    " Tensor(d!)[] masters, Tensor(e!)[] lows, Tensor? grad_scale, bool maximize) -> ()",
+    " Tensor(d!)[] masters, Tensor(e!)[] lows, Tensor? grad_scale, bool maximize, int? seed,"
+    " Tensor? seed_tensor) -> ()",
     _launch,
     lambda *args: None,
 )

@@ -153,6 +153,8 @@ def attention_varlen(
             window_size,
             alibi_slopes,
         )
+    if cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = cu_seqlens_q.detach()  # torch.compile takes no tensor twice into an autograd.Function
     seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (*windows, _scale(q, softmax_scale), _constant(alibi_slopes), *seqlens)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -76,6 +76,8 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dh):
         h, weight, mean, rstd = ctx.saved_tensors
+        if not ctx.has_residual:  # torch.compile hands over the empty h's gradient where eager has None
+            dh = None
         if dout is None:  # only the sum was used further on
             return dh, None, None, dh, None
         dx, dweight, dbias = _bwd(dout, dh, h, weight, mean, rstd, ctx.has_bias)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import direct, register, require_tensors
+from cgpt_ext.ops._torch import register, require_tensors
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -74,12 +74,8 @@ def _launch(x, cos, sin, interleaved, inverse):
     return out
 
 
-_op = register(
+_run = register(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor",
     _launch,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
-
-
-def _run(x, *args):
-    return (_launch if direct(x) else _op)(x, *args)

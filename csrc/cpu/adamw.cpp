@@ -40,7 +40,7 @@ CGPT_INLINE vu nan_lanes(vf x) { return reinterpret_cast<vu>(x != x); }
 template <class T>
 struct Plain {
     T* param;
-    explicit Plain(const AdamWTensor& t) : param(static_cast<T*>(t.param)) {}
+    Plain(const AdamWTensor& t, StochasticKeys) : param(static_cast<T*>(t.param)) {}
     template <class N>
     CGPT_INLINE vf get(int64_t i, N n) const {
         return CGPT_ISA::get(param + i, n);
@@ -55,7 +55,8 @@ template <class T>
 struct Master {
     T* param;
     float* master;
-    explicit Master(const AdamWTensor& t) : param(static_cast<T*>(t.param)), master(static_cast<float*>(t.rest)) {}
+    Master(const AdamWTensor& t, StochasticKeys)
+        : param(static_cast<T*>(t.param)), master(static_cast<float*>(t.rest)) {}
     template <class N>
     CGPT_INLINE vf get(int64_t i, N n) const {
         return CGPT_ISA::get(master + i, n);
@@ -69,7 +70,8 @@ struct Master {
 
 struct Split {
     uint16_t *high, *low;
-    explicit Split(const AdamWTensor& t) : high(static_cast<uint16_t*>(t.param)), low(static_cast<uint16_t*>(t.rest)) {}
+    Split(const AdamWTensor& t, StochasticKeys)
+        : high(static_cast<uint16_t*>(t.param)), low(static_cast<uint16_t*>(t.rest)) {}
     CGPT_INLINE vf get(int64_t i, int64_t n) const { return join(get_bits(high + i, n), get_bits(low + i, n)); }
     CGPT_INLINE void put(int64_t i, vf x, int64_t n) const {
         const vu bits = reinterpret_cast<vu>(x), nan = nan_lanes(x);
@@ -78,10 +80,23 @@ struct Split {
     }
 };
 
+struct Stochastic {
+    uint16_t* param;
+    StochasticKeys keys;
+    Stochastic(const AdamWTensor& t, StochasticKeys keys) : param(static_cast<uint16_t*>(t.param)), keys(keys) {}
+    CGPT_INLINE vf get(int64_t i, int64_t n) const { return as_float(get_bits(param + i, n) << 16); }
+    CGPT_INLINE void put(int64_t i, vf x, int64_t n) const {
+        vu index{};
+        for (int lane = 0; lane < W; ++lane) index[lane] = static_cast<uint32_t>(lane);
+        index += static_cast<uint32_t>(i);
+        put_bits(param + i, stochastic_round(reinterpret_cast<vu>(x), nan_lanes(x), index, keys), n);
+    }
+};
+
 template <class Kept, class G>
 void update(const AdamWTensor& t, const AdamWCoefficients& coefficients, int64_t begin, int64_t end) {
-    const AdamWCoefficients c = coefficients;  // a copy of our own: the stores below cannot change it
-    const Kept kept(t);
+    const AdamWCoefficients c = coefficients;       // a copy of our own: the stores below cannot change it
+    const Kept kept(t, stochastic_keys(c, begin));  // a chunk does not cross a multiple of 2^32
     const G* grad = static_cast<const G*>(t.grad);
     float *exp_avg = t.exp_avg, *exp_avg_sq = t.exp_avg_sq;
     for_lanes(end - begin, [&](int64_t offset, auto n) {
@@ -110,6 +125,7 @@ void adamw(const AdamWArgs& a) {
         const int64_t begin = chunks[i].begin, end = t.numel - begin < kChunk ? t.numel : begin + kChunk;
         CGPT_WITH_FLOAT_TYPE(t.grad_dtype, G, {
             if (a.weights == Weights::split) return update<Split, G>(t, c, begin, end);
+            if (a.weights == Weights::stochastic) return update<Stochastic, G>(t, c, begin, end);
             if (a.weights == Weights::master) {
                 if (t.dtype == DType::bf16) return update<Master<bf16>, G>(t, c, begin, end);
                 return update<Master<f16>, G>(t, c, begin, end);

@@ -1,4 +1,5 @@
-// GELU with its bias between two matrix products, forward and backward (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+// GELU or SwiGLU with its bias between two matrix products, forward and backward (Hendrycks & Gimpel 2016,
+// arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202).
 //
 //   z = pre + bias
 //   act = z Phi(z)                                                  "gelu"
@@ -6,6 +7,10 @@
 //
 //   dpre = dact * act'(z);  act' = Phi(z) + z phi(z)  or  s + z s (1 - s) 2 c (1 + 3 a z^2)
 //   dbias = sum over rows of dpre,  each term before it is rounded
+//
+// "swiglu": z is a gate g and an up projection u side by side, act = silu(g) u with silu(g) = g s(g), s(g) = 1 / (1 +
+// e^-g);
+//   dg = dact u silu'(g),  du = dact silu(g),  silu' = s + g s (1 - s)
 //
 // pre is the product as the matrix engine rounded it; adding the bias here in fp32 rounds once less and saves the
 // engine a pass. Column sums are taken per block of rows, then over the blocks in order: the blocks depend on the
@@ -23,19 +28,22 @@
 namespace cgpt::CGPT_ISA {
 namespace {
 
-struct Activation {
-    vf share, slope;  // act = z * share, slope = act'(z)
+struct Activated {
+    vf share, slope;  // f(z) = z * share, slope = f'(z)
 };
 
-template <bool kTanh>
-CGPT_INLINE Activation activate(vf z) {
-    if constexpr (kTanh) {
+template <Activation kActivation>
+CGPT_INLINE Activated activate(vf z) {
+    if constexpr (kActivation == Activation::gelu_tanh) {
         // Beyond 16 the share is 0 or 1 and the slope's second term 0; clamped, z^2 cannot overflow against that 0.
         const vf near = max(min(z, splat(16.0f)), splat(-16.0f));
         const vf square = near * near;
         const Logistic s = logistic(near * madd(square, splat(0x1.2444f2p-4f), splat(0x1.988454p+0f)));
         const vf inner = madd(square, splat(0x1.b6676cp-3f), splat(0x1.988454p+0f));
         return {s.value, madd(z * s.slope, inner, s.value)};
+    } else if constexpr (kActivation == Activation::swiglu) {
+        const Logistic s = logistic(z);
+        return {s.value, madd(z, s.slope, s.value)};
     } else {
         const Normal n = normal(z);
         return {n.cdf, madd(z, n.pdf, n.cdf)};
@@ -44,45 +52,70 @@ CGPT_INLINE Activation activate(vf z) {
 
 // The bias in fp32, zeros where there is none: a block of rows pays for it once.
 template <class T>
-std::vector<float> wide_bias(const void* bias, int64_t cols) {
-    std::vector<float> wide(cols);
+std::vector<float> wide_bias(const void* bias, int64_t width) {
+    std::vector<float> wide(width);
     if (bias)
-        for_lanes(cols, [&](int64_t i, auto n) { put(wide.data() + i, get(static_cast<const T*>(bias) + i, n), n); });
+        for_lanes(width, [&](int64_t i, auto n) { put(wide.data() + i, get(static_cast<const T*>(bias) + i, n), n); });
     return wide;
 }
 
-template <class T, bool kTanh>
+template <class T, Activation kActivation>
 void forward_rows(const GeluMlpFwdArgs& a, int64_t begin, int64_t end) {
-    const std::vector<float> bias = wide_bias<T>(a.bias, a.cols);
+    constexpr bool swiglu = kActivation == Activation::swiglu;
+    const int64_t width = swiglu ? 2 * a.cols : a.cols;
+    const std::vector<float> bias = wide_bias<T>(a.bias, width);
     for (int64_t r = begin; r < end; ++r) {
-        const T* pre = static_cast<const T*>(a.pre) + r * a.cols;
+        const T* pre = static_cast<const T*>(a.pre) + r * width;
         T* act = static_cast<T*>(a.act) + r * a.cols;
         for_lanes(a.cols, [&](int64_t i, auto n) {
             const vf z = get(pre + i, n) + get(bias.data() + i, n);
-            put(act + i, z * activate<kTanh>(z).share, n);
+            vf y = z * activate<kActivation>(z).share;
+            if constexpr (swiglu) y *= get(pre + a.cols + i, n) + get(bias.data() + a.cols + i, n);
+            put(act + i, y, n);
         });
     }
 }
 
-// Rows [begin, end); their sum of dpre goes to `partial` (cols,).
-template <class T, bool kTanh>
+// Rows [begin, end); their sum of dpre goes to `partial`, as wide as dpre.
+template <class T, Activation kActivation>
 void backward_rows(const GeluMlpBwdArgs& a, int64_t begin, int64_t end, float* partial) {
-    const std::vector<float> bias = wide_bias<T>(a.bias, a.cols);
-    std::fill(partial, partial + a.cols, 0.0f);
+    constexpr bool swiglu = kActivation == Activation::swiglu;
+    const int64_t width = swiglu ? 2 * a.cols : a.cols;
+    const std::vector<float> bias = wide_bias<T>(a.bias, width);
+    std::fill(partial, partial + width, 0.0f);
     for (int64_t r = begin; r < end; ++r) {
-        const T* pre = static_cast<const T*>(a.pre) + r * a.cols;
+        const T* pre = static_cast<const T*>(a.pre) + r * width;
         const T* dact = static_cast<const T*>(a.dact) + r * a.cols;
         T* act = static_cast<T*>(a.act) + r * a.cols;
-        T* dpre = static_cast<T*>(a.dpre) + r * a.cols;
+        T* dpre = static_cast<T*>(a.dpre) + r * width;
         for_lanes(a.cols, [&](int64_t i, auto n) {
-            const vf z = get(pre + i, n) + get(bias.data() + i, n);
-            const Activation f = activate<kTanh>(z);
-            const vf d = get(dact + i, n) * f.slope;
-            put(act + i, z * f.share, n);
+            const vf z = get(pre + i, n) + get(bias.data() + i, n), g = get(dact + i, n);
+            const Activated f = activate<kActivation>(z);
+            vf y = z * f.share, d = g * f.slope;
+            if constexpr (swiglu) {
+                const int64_t j = a.cols + i;
+                const vf up = get(pre + j, n) + get(bias.data() + j, n), d_up = g * y;
+                y *= up;
+                d *= up;
+                put(dpre + j, d_up, n);
+                put(partial + j, get(partial + j, n) + d_up, n);
+            }
+            put(act + i, y, n);
             put(dpre + i, d, n);
             put(partial + i, get(partial + i, n) + d, n);
         });
     }
+}
+
+// Calls f with the activation as a constant.
+template <class F>
+void with_activation(Activation activation, F&& f) {
+    if (activation == Activation::gelu)
+        f(std::integral_constant<Activation, Activation::gelu>{});
+    else if (activation == Activation::gelu_tanh)
+        f(std::integral_constant<Activation, Activation::gelu_tanh>{});
+    else
+        f(std::integral_constant<Activation, Activation::swiglu>{});
 }
 
 // Calls sum_rows(begin, end, partial) for every block of rows and writes the sum of the partials to `out` (cols,).
@@ -118,22 +151,20 @@ void bias_grad(const GeluMlpBiasGradArgs& a) {
 void gelu_mlp_fwd(const GeluMlpFwdArgs& a) {
     const int64_t grain = std::max<int64_t>(1, 65536 / a.cols);
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
-        parallel_ranges(a.rows, grain, [&](int64_t begin, int64_t end) {
-            if (a.tanh)
-                forward_rows<T, true>(a, begin, end);
-            else
-                forward_rows<T, false>(a, begin, end);
+        with_activation(a.activation, [&](auto f) {
+            parallel_ranges(a.rows, grain,
+                            [&](int64_t begin, int64_t end) { forward_rows<T, decltype(f)::value>(a, begin, end); });
         });
     })
 }
 
 void gelu_mlp_bwd(const GeluMlpBwdArgs& a) {
+    const int64_t width = a.activation == Activation::swiglu ? 2 * a.cols : a.cols;
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
-        sum_blocks(a.rows, a.cols, static_cast<T*>(a.dbias), [&](int64_t begin, int64_t end, float* partial) {
-            if (a.tanh)
-                backward_rows<T, true>(a, begin, end, partial);
-            else
-                backward_rows<T, false>(a, begin, end, partial);
+        with_activation(a.activation, [&](auto f) {
+            sum_blocks(a.rows, width, static_cast<T*>(a.dbias), [&](int64_t begin, int64_t end, float* partial) {
+                backward_rows<T, decltype(f)::value>(a, begin, end, partial);
+            });
         });
     })
 }

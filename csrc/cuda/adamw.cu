@@ -17,7 +17,7 @@ using namespace cuda;
 constexpr int kThreads = 256;
 constexpr int kSteps = 8;  // of eight elements a thread
 constexpr int64_t kChunk = int64_t(kThreads) * kVec * kSteps;
-constexpr int kTensors = 448;
+constexpr int kTensors = 440;
 
 struct Entry {
     void* param;
@@ -26,6 +26,7 @@ struct Entry {
     void* rest;
     const void* step;
     int64_t numel;
+    int64_t index;
     uint32_t first_chunk;
     bool aligned;  // all five at 16 bytes
 };
@@ -47,7 +48,7 @@ struct Math {
 template <class T>
 struct Plain {
     Vec<T> param;
-    __device__ __forceinline__ Plain(const Entry& e, int64_t i, int n, bool aligned)
+    __device__ __forceinline__ Plain(const Entry& e, const AdamWCoefficients&, int64_t i, int n, bool aligned)
         : param(load_vec(static_cast<const T*>(e.param) + i, n, aligned)) {}
     __device__ __forceinline__ float get(int k) const { return widen(param.at[k]); }
     __device__ __forceinline__ void set(int k, float x) { param.at[k] = narrow<T>(x); }
@@ -59,7 +60,7 @@ struct Plain {
 template <class T>
 struct Master {
     Vec<float> master;
-    __device__ __forceinline__ Master(const Entry& e, int64_t i, int n, bool aligned)
+    __device__ __forceinline__ Master(const Entry& e, const AdamWCoefficients&, int64_t i, int n, bool aligned)
         : master(load_vec(static_cast<const float*>(e.rest) + i, n, aligned)) {}
     __device__ __forceinline__ float get(int k) const { return master.at[k]; }
     __device__ __forceinline__ void set(int k, float x) { master.at[k] = x; }
@@ -74,7 +75,7 @@ struct Master {
 
 struct Split {
     Vec<uint16_t> high, low;
-    __device__ __forceinline__ Split(const Entry& e, int64_t i, int n, bool aligned)
+    __device__ __forceinline__ Split(const Entry& e, const AdamWCoefficients&, int64_t i, int n, bool aligned)
         : high(load_vec(static_cast<const uint16_t*>(e.param) + i, n, aligned)),
           low(load_vec(static_cast<const uint16_t*>(e.rest) + i, n, aligned)) {}
     __device__ __forceinline__ float get(int k) const {
@@ -91,6 +92,23 @@ struct Split {
     }
 };
 
+struct Stochastic {
+    Vec<uint16_t> param;
+    StochasticKeys keys;
+    uint32_t index;
+    __device__ __forceinline__ Stochastic(const Entry& e, const AdamWCoefficients& c, int64_t i, int n, bool aligned)
+        : param(load_vec(static_cast<const uint16_t*>(e.param) + i, n, aligned)),
+          keys(stochastic_keys(c, i)),
+          index(uint32_t(i)) {}
+    __device__ __forceinline__ float get(int k) const { return __uint_as_float(uint32_t(param.at[k]) << 16); }
+    __device__ __forceinline__ void set(int k, float x) {
+        param.at[k] = uint16_t(stochastic_round(__float_as_uint(x), x == x ? 0u : ~0u, index + k, keys));
+    }
+    __device__ __forceinline__ void store(const Entry& e, int64_t i, int n, bool aligned) const {
+        store_vec(static_cast<uint16_t*>(e.param) + i, param, n, aligned);
+    }
+};
+
 template <class Kept, class G>
 __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table) {
     AdamWCoefficients& shared = *shared_memory<AdamWCoefficients>();
@@ -103,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
             high = middle;
     }
     const Entry& e = table.entries[low];
-    if (threadIdx.x == 0) shared = adamw_coefficients(table.hyper, e.step);
+    if (threadIdx.x == 0) shared = adamw_coefficients(table.hyper, e.step, e.index);
     __syncthreads();
     const AdamWCoefficients c = shared;
     if (c.skip) return;
@@ -113,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
         const int64_t i = begin + (int64_t(step) * kThreads + threadIdx.x) * kVec;
         if (i >= e.numel) return;
         const int n = e.numel - i < kVec ? int(e.numel - i) : kVec;
-        Kept kept(e, i, n, e.aligned);
+        Kept kept(e, c, i, n, e.aligned);
         const Vec<G> grad = load_vec(static_cast<const G*>(e.grad) + i, n, e.aligned);
         Vec<float> m = load_vec(e.exp_avg + i, n, e.aligned), v = load_vec(e.exp_avg_sq + i, n, e.aligned);
 #pragma unroll
@@ -139,6 +157,7 @@ Kernel kernel_for(DType grad) {
 
 Kernel kernel_for(Weights weights, DType param, DType grad) {
     if (weights == Weights::split) return kernel_for<Split>(grad);
+    if (weights == Weights::stochastic) return kernel_for<Stochastic>(grad);
     if (weights == Weights::master) {
         if (param == DType::bf16) return kernel_for<Master<bf16>>(grad);
         return kernel_for<Master<f16>>(grad);
@@ -171,7 +190,7 @@ void adamw_cuda(const AdamWArgs& a, int device_id) {
                                   static_cast<const void*>(t.exp_avg_sq), static_cast<const void*>(t.rest)})
                 aligned = aligned && aligned16(p);
             table.entries[table.count++] = {t.param, t.grad,  t.exp_avg, t.exp_avg_sq, t.rest,
-                                            t.step,  t.numel, chunks,    aligned};
+                                            t.step,  t.numel, t.index,   chunks,       aligned};
             chunks += static_cast<uint32_t>((t.numel + kChunk - 1) / kChunk);
         }
         launch("adamw", kernel_for(a.weights, kind.dtype, kind.grad_dtype), dim3(chunks), dim3(kThreads),

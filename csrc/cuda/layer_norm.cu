@@ -182,8 +182,12 @@ struct ColumnSums {
     }
 };
 
+// Backward threads that a multiprocessor is to hold at once, in blocks of a row or of four warps; what that leaves each
+// of 65,536 registers, 128, 168 or 255, is what it needs.
+constexpr int bwd_resident(int bytes, int vecs) { return vecs == 2 ? 512 : bytes == 2 ? 384 : 256; }
+
 template <class T, class P, int kVecs>
-__global__ void __launch_bounds__(kBwdThreads, kVecs == 2 ? 2 : 1)
+__global__ void __launch_bounds__(bwd_resident(sizeof(T), kVecs))
     layer_norm_bwd_kernel(const __grid_constant__ LayerNormBwdArgs a, bool aligned) {
     float* shared = shared_memory<float>();
     const int cols = int(a.cols), stride = blockDim.x * kVec, first = threadIdx.x * kVec;
@@ -346,11 +350,9 @@ BwdShape bwd_shape(int64_t cols) {
 int64_t layer_norm_workspace_cuda(int64_t rows, int64_t cols, DType dtype, int device_id) {
     if (cols > kFusedCols) return std::min<int64_t>((rows + kStripRows - 1) / kStripRows, kStripBlocks);
     const BwdShape shape = bwd_shape(cols);
-    const int warps = static_cast<int>(shape.block.x * shape.block.y) / kWarp;
-    // What the kernels' registers let a multiprocessor hold: up to 128, 168 and 255 of them a thread.
-    const int most = shape.vecs == 2 ? 16 : dtype != DType::f32 ? 12 : 8;
-    const int64_t resident = int64_t(multiprocessors(kOp, device_id)) * std::max(1, most / warps);
-    return std::min<int64_t>((rows + shape.block.y - 1) / shape.block.y, resident);
+    const int resident = bwd_resident(dtype == DType::f32 ? 4 : 2, shape.vecs) / int(shape.block.x * shape.block.y);
+    const int64_t most = int64_t(multiprocessors(kOp, device_id)) * resident;
+    return std::min<int64_t>((rows + shape.block.y - 1) / shape.block.y, most);
 }
 
 void layer_norm_fwd_cuda(const LayerNormFwdArgs& a, int device_id) {

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from cgpt.errors import InputError
 
@@ -36,6 +39,35 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+LOCK = "pid.lock"
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Takes `folder` for this process until the file that is returned is closed, or the process ends in any way.
+
+    The file holds the process's number. Raises InputError naming the process that has the folder. Where the file
+    system knows no locks, there is none to take.
+    """
+    file = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise InputError(
+            f"{folder}: wanted a run that nobody is training, got one that process {holder} has"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            file.close()
+            raise
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def sync_folder(path: Path) -> None:

@@ -213,7 +213,7 @@ def new_folder(config: TrainConfig, recipe: Recipe) -> Path:
     if config.out is not None:
         if config.out.exists() and not config.out.is_dir():
             raise InputError(f"{config.out}: wanted a folder for the run, got a file")
-        if config.out.is_dir() and any(path.suffix != ".tmp" for path in config.out.iterdir()):
+        if config.out.is_dir() and any(path.suffix not in (".tmp", ".lock") for path in config.out.iterdir()):
             raise InputError(f"{config.out}: wanted a new or empty folder, got one in use; --resume goes on with a run")
         return config.out
     name = _run_name(recipe.model, recipe.data)

@@ -18,8 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TextIO
 
 from cgpt import checkpoint, console
 from cgpt.data.loader import Loader, train_val_split, unigram_loss
@@ -29,6 +28,7 @@ from cgpt.data.tokenizer import EOT, gpt2
 from cgpt.errors import InputError
 from cgpt.evaluate.generate import generate
 from cgpt.evaluate.loss import HeldOut, held_out_loss, identity_of, to_device, windows_within
+from cgpt.files import lock_folder
 from cgpt.metrics import Metrics, Summary, human, peak_memory_bytes
 from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
@@ -48,7 +48,7 @@ from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.schedule import learning_rate
 from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.optimizer import AdamW
-from cgpt.stream.store import Store, build
+from cgpt.stream.store import Store, build, check_device
 from cgpt_ext import dispatch
 
 SAMPLE_PROMPT = 16  # tokens of held-out text that the sample at the end continues
@@ -63,6 +63,12 @@ def train(config: TrainConfig) -> Summary:
     """
     keep_large_buffers()
     run = open_run(config)
+    with contextlib.closing(run.lock):
+        return to_the_end(run)
+
+
+def to_the_end(run: Run) -> Summary:
+    """Takes the steps that are left, or as many as a signal lets it, and sums up."""
     recipe = run.recipe
     windows = windows_within(run.held_out, recipe.eval_tokens)
     unigram = unigram_loss(run.loader, run.held_out, windows)
@@ -124,7 +130,10 @@ def train(config: TrainConfig) -> Summary:
 
 @dataclass
 class Run:
-    """A run in progress. `samples`, the sequences consumed so far, is the data cursor; `seconds` is past sessions'."""
+    """A run in progress. `samples`, the sequences consumed so far, is the data cursor; `seconds` is past sessions'.
+
+    While `lock` is open, no other process can take the run's folder.
+    """
 
     recipe: Recipe
     folder: Path
@@ -135,6 +144,7 @@ class Run:
     store: Store
     executor: Executor
     optimizer: AdamW
+    lock: TextIO
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -172,17 +182,22 @@ def open_run(config: TrainConfig) -> Run:
     )
     loader = Loader(train_split, recipe.seq_len, recipe.seed)
     held_out = Loader(val_split, recipe.seq_len)
-    run = Run(recipe, folder, dataset, loader, held_out, model, store, Executor(store), optimizer)
     folder.mkdir(parents=True, exist_ok=True)
-    if config.resume:
-        go_on(run)
-    if not run.step:
-        store.initialise(lambda name, tensor: init_parameter(name, tensor, recipe.shape, recipe.seed))
-    write_config(folder, recipe, found)
-    told = f"{dataset.name}: {human(train_split.n_tokens)} tokens to train on, {human(val_split.n_tokens)} held out"
-    console.report(recipe, store.n_parameters, told, implementations, folder)
-    if config.resume:
-        console.say(f"resumed  at step {run.step} of {recipe.steps}, from {run.checkpoint or 'the start'}")
+    lock = lock_folder(folder)
+    try:
+        run = Run(recipe, folder, dataset, loader, held_out, model, store, Executor(store), optimizer, lock)
+        if config.resume:
+            go_on(run)
+        if not run.step:
+            store.initialise(lambda name, tensor: init_parameter(name, tensor, recipe.shape, recipe.seed))
+        write_config(folder, recipe, found)
+        told = f"{dataset.name}: {human(train_split.n_tokens)} tokens to train on, {human(val_split.n_tokens)} held out"
+        console.report(recipe, store.n_parameters, told, implementations, folder)
+        if config.resume:
+            console.say(f"resumed  at step {run.step} of {recipe.steps}, from {run.checkpoint or 'the start'}")
+    except BaseException:
+        lock.close()
+        raise
     return run
 
 
@@ -283,8 +298,7 @@ def resume_command(folder: Path) -> str:
 
 def implementations_on(device: str) -> dict[str, str]:
     """op -> implementation that serves it on `device`. Raises InputError where there is no device or no kernel."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device: wanted cuda, got a machine where torch {torch.__version__} finds no CUDA device")
+    check_device(device)
     try:
         return {op: dispatch.implementation(op, device) for op in dispatch.TABLE}
     except ValueError as error:

@@ -8,7 +8,9 @@ import torch
 from cgpt_ext import adamw_ref
 from emulator import emulated
 from numerics import DTYPES
-from test_adamw import SHAPES, State, same_bits, twin  # tests/ops/test_adamw.py
+from test_adamw import State, same_bits, twin  # tests/ops/test_adamw.py
+
+SHAPES = [(1,), (7,), (127, 3), (2, 3, 64), (16385,)]  # the last is one past a chunk
 
 
 @pytest.mark.parametrize("grad_dtype", DTYPES)
@@ -29,6 +31,17 @@ def test_bits_are_the_references(dtype, kept, grad_dtype):
         got = twin(SHAPES, dtype, kept, grad_dtype)
         with emulated(seed):
             got.step()
+        assert same_bits(got.tensors(), want.tensors())
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+def test_stochastic_rounding_has_the_references_bits(grad_dtype):
+    args, seed = (SHAPES, torch.bfloat16, None, grad_dtype), {"stochastic_rounding_seed": 2**62 + 1}
+    want = twin(*args).step(adamw_ref, **seed)
+    for order in range(2):
+        got = twin(*args)
+        with emulated(order):
+            got.step(stochastic_rounding_seed=torch.tensor(2**62 + 1))
         assert same_bits(got.tensors(), want.tensors())
 
 

@@ -58,20 +58,48 @@ def attention_bwd_varlen():
 
 
 def gelu_mlp_check():
-    return [torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8, 16), torch.randn(8)]
+    return [torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8, 16), torch.randn(8), "gelu"]
 
 
 def gelu_mlp_fwd():
-    return [torch.randn(3, 16), torch.randn(16), torch.empty(3, 16), False]
+    return [torch.randn(3, 16), torch.randn(16), torch.empty(3, 8), "swiglu"]
 
 
 def gelu_mlp_bwd():
-    pre = torch.randn(3, 16)
-    return [pre, torch.randn(16), torch.randn(3, 16), torch.zeros(3, 16), torch.zeros(3, 16), torch.zeros(16), False]
+    pre, dact = torch.randn(3, 16), torch.randn(3, 8)
+    outputs = [torch.zeros(3, 8), torch.zeros(3, 16), torch.zeros(16), torch.zeros(1, 16)]
+    return [pre, torch.randn(16), dact, *outputs, "swiglu"]
 
 
 def gelu_mlp_bias_grad():
-    return [torch.randn(5, 16), torch.zeros(16)]
+    return [torch.randn(5, 16), torch.zeros(16), torch.zeros(1, 16)]
+
+
+def gelu_mlp_product():
+    a, b, bias = torch.randn(3, 16).bfloat16(), torch.randn(24, 16).bfloat16(), torch.randn(24).bfloat16()
+    return [a, b, bias, torch.zeros(3, 24).bfloat16(), "auto"]
+
+
+def gelu_mlp_linear_fwd():
+    x, w1, b1 = torch.randn(3, 16).bfloat16(), torch.randn(48, 16).bfloat16(), torch.randn(48).bfloat16()
+    return [x, w1, b1, torch.zeros(3, 48).bfloat16(), torch.zeros(3, 24).bfloat16(), "swiglu", "128x128"]
+
+
+def gelu_mlp_linear_bwd():
+    dout, w2, pre = torch.randn(3, 16).bfloat16(), torch.randn(16, 24).bfloat16(), torch.randn(3, 48).bfloat16()
+    sums = [torch.zeros(48).bfloat16(), torch.zeros(1, 48)]
+    return [dout, w2, pre, torch.zeros_like(pre), torch.zeros(3, 24).bfloat16(), *sums, "swiglu", "auto"]
+
+
+def gelu_mlp_cublaslt_fwd():
+    x, w1, b1 = torch.randn(3, 16).bfloat16(), torch.randn(24, 16).bfloat16(), torch.randn(24).bfloat16()
+    outputs = [torch.zeros(3, 24).bfloat16() for _ in range(2)]
+    return [x, w1, b1, *outputs, torch.zeros(64, dtype=torch.uint8), ""]
+
+
+def gelu_mlp_cublaslt_bwd():
+    dout, w2, pre = torch.randn(3, 16).bfloat16(), torch.randn(16, 24).bfloat16(), torch.randn(3, 24).bfloat16()
+    return [dout, w2, pre, torch.zeros_like(pre), torch.zeros(24).bfloat16(), torch.zeros(64, dtype=torch.uint8), ""]
 
 
 def embedding_fwd():
@@ -121,7 +149,7 @@ def adamw():
     states = [[torch.zeros(shape) for shape in shapes] for _ in range(2)]
     steps, lows = [torch.ones(()) for _ in shapes], [torch.zeros(shape, dtype=torch.int16) for shape in shapes]
     scalars = [0, 1e-3, torch.tensor(1e-3), 0.9, 0.95, 1e-8, 0.1]
-    return [high, grads, *states, steps, *scalars, [], lows, torch.tensor(0.5), False]
+    return [high, grads, *states, steps, *scalars, [], lows, torch.tensor(0.5), False, None, None]
 
 
 def rotary():
@@ -166,7 +194,12 @@ CALLS = [
         gelu_mlp_bias_grad,
         gelu_mlp_bwd,
         gelu_mlp_check,
+        gelu_mlp_cublaslt_bwd,
+        gelu_mlp_cublaslt_fwd,
         gelu_mlp_fwd,
+        gelu_mlp_linear_bwd,
+        gelu_mlp_linear_fwd,
+        gelu_mlp_product,
         grad_norm,
         grad_norm_workspace,
         join_master,
@@ -177,6 +210,15 @@ CALLS = [
         split_master,
     )
 ]
+
+# On a CPU their valid calls end at the device, behind every other check.
+ONLY_ON_GPU = {
+    "gelu_mlp_cublaslt_bwd",
+    "gelu_mlp_cublaslt_fwd",
+    "gelu_mlp_linear_bwd",
+    "gelu_mlp_linear_fwd",
+    "gelu_mlp_product",
+}
 
 NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, -(2**63), 1e30, float("nan"), float("inf"), True]
 

@@ -1,26 +1,31 @@
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cgpt_ext import _native, gelu_mlp, gelu_mlp_ref
-from cgpt_ext.nn import GeluMLP
+from cgpt_ext.dispatch import use
+from cgpt_ext.nn import GeluMLP, SwiGLU
 from numerics import DTYPES, compare, error, run
 
-ACTIVATIONS = ["gelu", "gelu_tanh"]
-# (x's shape, F): 1, primes, no multiple of a vector or of a block of rows, an empty batch, one token, T % 128 == 64
-SHAPES = [((1, 1), 1), ((3, 5), 7), ((2, 3, 16), 64), ((7, 127), 131), ((1, 1, 64), 48), ((2, 64, 24), 96)]
+ACTIVATIONS = ["gelu", "gelu_tanh", "swiglu"]
+# (x's shape, F): primes, no multiple of a vector or of a block of rows, an empty batch, one token, T % 128 == 64
+SHAPES = [((3, 5), 7), ((2, 3, 16), 64), ((7, 127), 131), ((1, 1, 64), 48), ((2, 64, 24), 96)]
 
 
 def torch_gelu_mlp(x, w1, b1, w2, b2, activation="gelu"):
-    act = F.gelu(F.linear(x, w1, b1), approximate="tanh" if activation == "gelu_tanh" else "none")
-    return F.linear(act, w2, b2)
+    z = F.linear(x, w1, b1)
+    if activation == "swiglu":
+        gate, up = z.chunk(2, -1)
+        return F.linear(F.silu(gate) * up, w2, b2)
+    return F.linear(F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none"), w2, b2)
 
 
-def make(shape, hidden, dtype, scale=1.0):
-    d = shape[-1]
-    x, w1, b1 = torch.randn(shape), scale * torch.randn(hidden, d) / d**0.5, torch.randn(hidden)
+def make(shape, hidden, dtype, scale=1.0, activation="gelu"):
+    d, width = shape[-1], 2 * hidden if activation == "swiglu" else hidden
+    x, w1, b1 = torch.randn(shape), scale * torch.randn(width, d) / d**0.5, torch.randn(width)
     w2, b2, dy = torch.randn(d, hidden) / hidden**0.5, torch.randn(d), torch.randn(shape)
     return [t.to(dtype) for t in (x, w1, b1, w2, b2)], dy.to(dtype)
 
@@ -29,32 +34,41 @@ def make(shape, hidden, dtype, scale=1.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "hidden"), SHAPES)
 def test_values_and_gradients(isa, shape, hidden, dtype, activation):
-    inputs, dy = make(shape, hidden, dtype)
+    inputs, dy = make(shape, hidden, dtype, activation=activation)
+    compare(gelu_mlp, gelu_mlp_ref, torch_gelu_mlp, (*inputs, activation), dy)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_element(isa, activation):
+    """D = F = 1, in fp32 alone: how near torch's few 16-bit values come to the truth is luck."""
+    inputs, dy = make((1, 1), 1, torch.float32, activation=activation)
     compare(gelu_mlp, gelu_mlp_ref, torch_gelu_mlp, (*inputs, activation), dy)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_magnitudes(isa, dtype, activation):
-    inputs, dy = make((33, 48), 70, dtype, scale=30.0)
+    inputs, dy = make((33, 48), 70, dtype, 30.0, activation)
     compare(gelu_mlp, gelu_mlp_ref, torch_gelu_mlp, (*inputs, activation), dy)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("without", [(2,), (4,), (2, 4)])
-def test_without_biases(isa, dtype, without):
-    inputs, dy = make((9, 24), 50, dtype)
+def test_without_biases(isa, dtype, without, activation):
+    inputs, dy = make((129, 24), 50, dtype, activation=activation)
     inputs = [None if i in without else t for i, t in enumerate(inputs)]
-    compare(gelu_mlp, gelu_mlp_ref, torch_gelu_mlp, inputs, dy)
+    compare(gelu_mlp, gelu_mlp_ref, torch_gelu_mlp, (*inputs, activation), dy)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_of_conv1d_layout(isa, dtype):
-    (x, w1, b1, w2, b2), dy = make((2, 9, 24), 50, dtype)
+def test_weights_of_conv1d_layout(isa, dtype, activation):
+    (x, w1, b1, w2, b2), dy = make((2, 9, 24), 50, dtype, activation=activation)
     inputs = (x, w1.t().contiguous().t(), b1, w2.t().contiguous().t(), b2)
-    compare(gelu_mlp, gelu_mlp_ref, torch_gelu_mlp, inputs, dy)
+    compare(gelu_mlp, gelu_mlp_ref, torch_gelu_mlp, (*inputs, activation), dy)
     leaves = [t.detach().requires_grad_() for t in inputs]
-    grads = torch.autograd.grad(gelu_mlp(*leaves), leaves, dy)
+    grads = torch.autograd.grad(gelu_mlp(*leaves, activation), leaves, dy)
     assert [g.stride() for g in grads] == [t.stride() for t in leaves]
 
 
@@ -87,7 +101,7 @@ def test_empty_batch(isa):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_comes_out(isa, bad, activation):
-    inputs, dy = make((5, 24), 50, torch.float32)
+    inputs, dy = make((5, 24), 50, torch.float32, activation=activation)
     inputs[0][2, 7] = bad
     y, dx, *_ = run(gelu_mlp, *inputs, activation, dout=dy)
     assert not y[2].isfinite().any()
@@ -99,21 +113,21 @@ def test_gelu_elementwise(isa):
     """The relative bar in both tails, where 1 + erf would have no digits left; 5.6e-7 was measured."""
     x = torch.linspace(-12, 12, 40001).view(1, -1)
     act, slope = torch.empty_like(x), torch.ones_like(x)
-    _native.gelu_mlp_bwd(x, None, slope, act, slope, None, False)
+    _native.gelu_mlp_bwd(x, None, slope, act, slope, None, None, "gelu")
     exact = x.double()
     cdf, pdf = 0.5 * torch.erfc(-exact / math.sqrt(2)), torch.exp(-0.5 * exact**2) / math.sqrt(2 * math.pi)
     inner = exact != 0
     assert float((act[inner] / (exact * cdf)[inner] - 1).abs().max()) < 1e-6
     assert error(slope, cdf + exact * pdf) < 4e-7
     forward = torch.empty_like(x)
-    _native.gelu_mlp_fwd(x, None, forward, False)
+    _native.gelu_mlp_fwd(x, None, forward, "gelu")
     assert torch.equal(forward, act)
 
 
 def test_gelu_tanh_elementwise(isa):
     x = torch.linspace(-12, 12, 40001).view(1, -1)
     act, slope = torch.empty_like(x), torch.ones_like(x)
-    _native.gelu_mlp_bwd(x, None, slope, act, slope, None, True)
+    _native.gelu_mlp_bwd(x, None, slope, act, slope, None, None, "gelu_tanh")
     wide = x.double().requires_grad_()
     want = F.gelu(wide, approximate="tanh")
     want.sum().backward()
@@ -124,29 +138,45 @@ def test_gelu_tanh_elementwise(isa):
     assert error(slope, wide.grad) <= max(error(theirs.grad, wide.grad), 1e-6)
 
 
-@pytest.mark.parametrize("tanh", [False, True])
-def test_far_out_is_identity_or_zero(isa, tanh):
+def test_silu_elementwise(isa):
+    gate = torch.linspace(-90, 90, 40001).view(-1, 1)
+    pre, act = torch.cat([gate, torch.ones_like(gate)], 1), torch.empty_like(gate)
+    dpre = torch.empty_like(pre)
+    _native.gelu_mlp_bwd(pre, None, torch.ones_like(gate), act, dpre, None, None, "swiglu")
+    exact = gate.double()
+    share = 1 / (1 + torch.exp(-exact))
+    assert float(((act / (exact * share)) - 1)[(exact != 0) & (exact > -87)].abs().max()) < 1e-6
+    assert error(dpre[:, :1], share * (1 + exact * (1 - share))) < 4e-7
+    assert torch.equal(dpre[:, 1:], act)
+    forward = torch.empty_like(act)
+    _native.gelu_mlp_fwd(pre, None, forward, "swiglu")
+    assert torch.equal(forward, act)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_far_out_is_identity_or_zero(isa, activation):
     x = torch.tensor([[13.5, 200.0, 1e20, 3e38, -13.5, -200.0, -1e20, -3e38]])
     act, slope = torch.empty_like(x), torch.ones_like(x)
-    _native.gelu_mlp_bwd(x, None, slope, act, slope, None, tanh)
+    _native.gelu_mlp_bwd(x, None, slope, act, slope, None, None, activation)
     assert torch.equal(act, x.clamp(min=0))
     assert torch.equal(slope, (x > 0).float())
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_threads_or_runs(isa, dtype):
-    inputs, dy = make((300, 24), 72, dtype)
+def test_bits_do_not_depend_on_threads_or_runs(isa, dtype, activation):
+    inputs, dy = make((300, 24), 72, dtype, activation=activation)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            _, pre = torch.ops.cgpt_ext.gelu_mlp_fwd(*inputs, False, True)
-            act, dpre = torch.empty_like(pre), torch.cos(pre)
-            db1, db2 = pre.new_empty(72), dy.new_empty(24)
-            _native.gelu_mlp_bwd(pre, inputs[2], dpre, act, dpre, db1, False)
-            _native.gelu_mlp_bias_grad(dy, db2)
-            results.append((act, dpre, db1, db2, *run(gelu_mlp, *inputs, dout=dy)))
+            _, pre = torch.ops.cgpt_ext.gelu_mlp_fwd(*inputs, activation, True, "")
+            dact, dpre = torch.cos(pre[:, :72]).contiguous(), torch.empty_like(pre)
+            act, db1, db2 = torch.empty_like(dact), torch.empty_like(inputs[2]), dy.new_empty(24)
+            _native.gelu_mlp_bwd(pre, inputs[2], dact, act, dpre, db1, None, activation)
+            _native.gelu_mlp_bias_grad(dy, db2, None)
+            results.append((act, dpre, db1, db2, *run(gelu_mlp, *inputs, activation, dout=dy)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -181,7 +211,7 @@ def test_twice_backward_through_one_graph():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_reference_gradients(activation):
-    inputs, _ = make((3, 4), 5, torch.float64)
+    inputs, _ = make((3, 4), 5, torch.float64, activation=activation)
     inputs = [t.requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(lambda *args: gelu_mlp_ref(*args, activation), inputs)
 
@@ -193,18 +223,21 @@ def test_opcheck(save, transposed):
     if transposed:
         x, w1, w2 = x.transpose(0, 1), w1.t().contiguous().t(), w2.t().contiguous().t()
         dy = dy.transpose(0, 1)
-    ops = torch.ops.cgpt_ext
-    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, False, save))
-    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, True, save))
-    _, pre = ops.gelu_mlp_fwd(x, w1, b1, w2, b2, False, True)
-    for mask in ([True] * 5, [False, True, False, True, False], [False] * 4 + [True]):
-        torch.library.opcheck(ops.gelu_mlp_bwd.default, (dy, x, w1, b1, w2, pre, False, mask))
-    torch.library.opcheck(ops.gelu_mlp_bwd.default, (dy, x, w1, None, w2, pre, True, [True, True, False, True, False]))
+    forward, backward = torch.ops.cgpt_ext.gelu_mlp_fwd.default, torch.ops.cgpt_ext.gelu_mlp_bwd.default
+    torch.library.opcheck(forward, (x, w1, b1, w2, b2, "gelu", save, ""))
+    torch.library.opcheck(forward, (x, w1, None, w2[:, :12], None, "swiglu", save, "native"))
+    if not save:
+        return
+    _, pre = forward(x, w1, b1, w2, b2, "gelu", True, "")
+    for mask in ([True] * 5, [False, True, False, True, False]):
+        torch.library.opcheck(backward, (dy, x, w1, b1, w2, pre, "gelu", mask, ""))
+    torch.library.opcheck(backward, (dy, x, w1, None, w2[:, :12], pre, "swiglu", [True, True, False, True, False], ""))
 
 
-def test_compiled_equals_eager():
-    (x, w1, b1, w2, b2), dy = make((4, 6, 64), 96, torch.bfloat16)
-    inputs = (x, w1.t().contiguous().t(), b1, w2, b2)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiled_equals_eager(activation):
+    (x, w1, b1, w2, b2), dy = make((4, 6, 64), 96, torch.bfloat16, activation=activation)
+    inputs = (x, w1.t().contiguous().t(), b1, w2, b2, activation)
     compiled = torch.compile(gelu_mlp, fullgraph=True, backend="aot_eager")
     eager, again = run(gelu_mlp, *inputs, dout=dy), run(compiled, *inputs, dout=dy)
     assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
@@ -251,7 +284,13 @@ BAD_INPUT = [
     (lambda x, w1, b1, w2, b2: (x, w1, b1, None, b2), TypeError, "w2 must be a torch.Tensor, got NoneType"),
     (lambda x, w1, b1, w2, b2: (x, w1, 0, w2, b2), TypeError, "b1 must be a torch.Tensor, got int"),
     (lambda x, w1, b1, w2, b2: (x, w1, b1, w2, b2[:1]), ValueError, "b2 must be (8,), got (1,)"),
-    (lambda *p: (*p, "relu"), ValueError, "activation must be gelu or gelu_tanh, got relu"),
+    (lambda *p: (*p, "relu"), ValueError, "activation must be gelu or gelu_tanh or swiglu, got relu"),
+    (lambda *p: (*p, "swiglu"), ValueError, "w2 must be (8, 6), got (8, 12)"),
+    (
+        lambda x, w1, *p: (x, w1[:11], *p, "swiglu"),
+        ValueError,
+        "w1 must be even in its first dimension, gate rows and up rows, got (11, 8)",
+    ),
 ]
 
 
@@ -266,26 +305,78 @@ def test_bad_input(arguments, exception, message):
 def test_the_kernels_themselves_refuse_what_does_not_fit():
     pre, bias = torch.randn(4, 8), torch.randn(8)
     out = torch.empty_like(pre)
+    half, f = torch.empty(4, 4), "gelu"
     for call in (
-        lambda: _native.gelu_mlp_fwd(pre, bias[:7], out, False),
-        lambda: _native.gelu_mlp_fwd(pre, bias, out[:3], False),
-        lambda: _native.gelu_mlp_fwd(pre.t(), bias, out, False),
-        lambda: _native.gelu_mlp_fwd(pre[:, :0], None, out[:, :0], False),
-        lambda: _native.gelu_mlp_bwd(pre, bias, pre[:, :7], out, out, bias, False),
-        lambda: _native.gelu_mlp_bwd(pre, bias, pre, out.t(), out, bias, False),
-        lambda: _native.gelu_mlp_bwd(pre, bias, pre, out, out[:1], bias, False),
-        lambda: _native.gelu_mlp_bwd(pre, bias, pre, out, out, bias[:1], False),
-        lambda: _native.gelu_mlp_bias_grad(pre, bias[:7]),
-        lambda: _native.gelu_mlp_bias_grad(pre.t(), bias),
-        lambda: _native.gelu_mlp_bias_grad(pre[0], bias),
+        lambda: _native.gelu_mlp_fwd(pre, bias[:7], out, f),
+        lambda: _native.gelu_mlp_fwd(pre, bias, out[:3], f),
+        lambda: _native.gelu_mlp_fwd(pre.t(), bias, out, f),
+        lambda: _native.gelu_mlp_fwd(pre[:, :0], None, out[:, :0], f),
+        lambda: _native.gelu_mlp_fwd(pre, bias, out, "swiglu"),
+        lambda: _native.gelu_mlp_fwd(pre[:, :7].contiguous(), None, half[:, :3].contiguous(), "swiglu"),
+        lambda: _native.gelu_mlp_fwd(pre, bias[:4], half, "swiglu"),
+        lambda: _native.gelu_mlp_bwd(pre, bias, pre[:, :7], out, out, bias, None, f),
+        lambda: _native.gelu_mlp_bwd(pre, bias, pre, out.t(), out, bias, None, f),
+        lambda: _native.gelu_mlp_bwd(pre, bias, pre, out, out[:1], bias, None, f),
+        lambda: _native.gelu_mlp_bwd(pre, bias, pre, out, out, bias[:1], None, f),
+        lambda: _native.gelu_mlp_bwd(pre, bias, pre, out, out, bias, pre, f),
+        lambda: _native.gelu_mlp_bwd(pre, bias, half, half, half, bias, None, "swiglu"),
+        lambda: _native.gelu_mlp_bias_grad(pre, bias[:7], None),
+        lambda: _native.gelu_mlp_bias_grad(pre.t(), bias, None),
+        lambda: _native.gelu_mlp_bias_grad(pre[0], bias, None),
     ):
         with pytest.raises(ValueError, match=r"^gelu_mlp: \w+ must be "):
             call()
     with pytest.raises(TypeError, match="gelu_mlp: act must be float32, got bfloat16"):
-        _native.gelu_mlp_fwd(pre, bias, out.bfloat16(), False)
+        _native.gelu_mlp_fwd(pre, bias, out.bfloat16(), f)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+def half_precision(*shape):
+    return torch.randn(shape).bfloat16()
+
+
+BAD_PRODUCT = [
+    (
+        dict(a=half_precision(16, 20)),
+        "a must be contiguous in rows or in columns, in multiples of 8, got shape (16, 20)",
+    ),
+    (
+        dict(a=half_precision(16, 48)[:, ::2]),
+        "a must be contiguous in rows or in columns, in multiples of 8, got shape",
+    ),
+    (
+        dict(a=half_precision(16, 28)[:, :24]),
+        "a must be contiguous in rows or in columns, in multiples of 8, got shape",
+    ),
+    (dict(a=half_precision(400)[1:385].view(16, 24)), "a must be at a 16-byte boundary, got one that is not"),
+    (dict(b=half_precision(8, 25)), "b must be (*, 24), got (8, 25)"),
+    (
+        dict(a=half_precision(24, 16).t()),
+        "b must be contiguous in columns, as a is, got one that is contiguous in rows",
+    ),
+    (dict(out=half_precision(16, 9)), "out must be (16, 8), got (16, 9)"),
+    (dict(bias=half_precision(9)), "bias must be (8,), got (9,)"),
+    (dict(b=half_precision(7, 24), out=half_precision(16, 7)), "out must be a multiple of 8 in its last dimension"),
+    (dict(tile="1x1"), "tile must be auto or 128x256 or 128x128 or 64x64, got 1x1"),
+    ({}, "no kernel in this build for device cpu"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_PRODUCT)
+def test_the_gemm_refuses_what_does_not_fit(wrong, message):
+    right = dict(a=half_precision(16, 24), b=half_precision(8, 24), bias=None, out=half_precision(16, 8), tile="auto")
+    with pytest.raises(ValueError, match=re.escape(f"gelu_mlp: {message}")):
+        _native.gelu_mlp_product(*(right | wrong).values())
+
+
+def test_an_implementation_that_does_not_serve_is_named():
+    inputs, _ = make((2, 8), 12, torch.float32)
+    with use(gelu_mlp="cublas"), pytest.raises(ValueError, match="tensors must be on cuda for cublas, got cpu"):
+        gelu_mlp(*inputs)
+    with use(gelu_mlp="reference"):
+        assert torch.equal(gelu_mlp(*inputs), gelu_mlp_ref(*inputs))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_module(isa, activation, bias):
     ours = GeluMLP(16, 40, activation, bias=bias)
@@ -296,3 +387,11 @@ def test_module(isa, activation, bias):
     torch.testing.assert_close(ours(x), want)
     with pytest.raises(ValueError, match="activation must be gelu or gelu_tanh, got relu"):
         GeluMLP(16, 40, "relu")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_swiglu_module(isa, bias):
+    ours, x = SwiGLU(16, 40, bias=bias), torch.randn(5, 16)
+    assert ours.c_fc.weight.shape == (80, 16)
+    gate, up = ours.c_fc(x).chunk(2, -1)
+    torch.testing.assert_close(ours(x), ours.c_proj(F.silu(gate) * up))

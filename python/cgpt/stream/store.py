@@ -57,8 +57,15 @@ def layers_of(model: GPT) -> list[Layer]:
     return [Layer("embed", model.embed, reads("wte.", "wpe.")), *blocks, head]
 
 
+def check_device(device: str) -> None:
+    """Raises InputError where torch finds no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device: wanted cuda, got a machine where torch {torch.__version__} finds no CUDA device")
+
+
 def build(shape: GPTConfig, precision: str, device: str, *, training: bool = True) -> tuple[GPT, Store]:
-    """A GPT with its parameters in a store, all zero."""
+    """A GPT with its parameters in a store, all zero. Raises InputError where there is no such device."""
+    check_device(device)
     with torch.device("meta"):
         model = GPT(shape)
     return model, Store(layers_of(model), precision, device, training=training)

@@ -1,0 +1,9 @@
+// gelu_mlp's matrix products in bf16.
+#include "gelu_mlp_gemm.cuh"
+
+namespace cgpt::cuda {
+
+template void gelu_mlp_gemm(const char*, const GemmProblem&, bool, bool, const GeluMlpEpilogue<bf16>&, GemmTileChoice,
+                            int);
+
+}  // namespace cgpt::cuda
