@@ -195,6 +195,20 @@ def embedding(device, dtype, B, T, V, D):
     return Problem("embedding", cgpt_ext.embedding, cgpt_ext.embedding_ref, torchs, [ids, wte, wpe], dout)
 
 
+def rotary(device, dtype, B, T, H, D, R, interleaved):
+    x, dout = (normal(device, dtype, B, T, H, D) for _ in range(2))
+    angles = torch.arange(T, device=device)[:, None] * 10_000.0 ** -torch.linspace(0, 1, R // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+
+    def ours(x):
+        return cgpt_ext.rotary(x, cos, sin, interleaved)
+
+    def reference(x):
+        return cgpt_ext.rotary_ref(x, cos, sin, interleaved)
+
+    return Problem("rotary", ours, reference, reference, [x], dout)
+
+
 # (what builds it, its sizes): a tile and one more, primes, 1, the family's widths and head dims
 SIZES: list[tuple[Callable, tuple]] = [
     *((attention, size) for size in (
@@ -217,6 +231,7 @@ SIZES: list[tuple[Callable, tuple]] = [
     )),
     *((cross_entropy, size) for size in ((1, 8, 2, 0.0), (13, 64, 101, 1e-3), (257, 64, 50257, 0.0))),
     *((embedding, size) for size in ((1, 1, 2, 8), (3, 67, 50, 96), (2, 129, 50257, 64))),
+    *((rotary, size) for size in ((1, 1, 1, 8, 8, False), (2, 67, 3, 80, 80, False), (1, 130, 2, 64, 24, True))),
 ]  # fmt: skip
 
 # The sizes that the tests of repeats, graphs and compilation take: one an op, large enough for several blocks.
@@ -229,6 +244,7 @@ ONE_EACH: list[tuple[Callable, tuple]] = [
     (layer_norm, (129, 768, True)),
     (cross_entropy, (65, 64, 1003, 1e-3)),
     (embedding, (3, 67, 50, 96)),
+    (rotary, (2, 67, 3, 80, 64, False)),
 ]
 
 OP = {attention_qkv: "attention", attention_masked: "attention", attention_varlen: "attention"}

@@ -16,6 +16,7 @@
 
 #include "../layer_norm.h"
 #include "launch.cuh"
+#include "narrow.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -69,8 +70,10 @@ __global__ void __launch_bounds__(kFwdThreads)
             Vec<T> v = load_vec(x + i, n, aligned);
             if (residual) {  // what is stored is what gets normalised: the backward pass sees only that
                 const Vec<T> r = load_vec(residual + i, n, aligned);
+                float sum[kVec];
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) v.at[e] = narrow<T>(widen(v.at[e]) + widen(r.at[e]));
+                for (int e = 0; e < kVec; ++e) sum[e] = widen(v.at[e]) + widen(r.at[e]);
+                v = narrow_vec<T>(sum);
                 store_vec(sums + i, v, n, aligned);
             }
             return v;
@@ -125,11 +128,11 @@ __global__ void __launch_bounds__(kFwdThreads)
             const Vec<P> weight = load_vec(static_cast<const P*>(a.weight) + i, n, aligned);
             Vec<P> bias = {};
             if (a.bias) bias = load_vec(static_cast<const P*>(a.bias) + i, n, aligned);
-            Vec<T> out;
+            float out[kVec];
 #pragma unroll
             for (int e = 0; e < kVec; ++e)
-                out.at[e] = narrow<T>(fmaf((widen(v.at[e]) - mean) * rstd, widen(weight.at[e]), widen(bias.at[e])));
-            store_vec(y + i, out, n, aligned);
+                out[e] = fmaf((widen(v.at[e]) - mean) * rstd, widen(weight.at[e]), widen(bias.at[e]));
+            store_vec(y + i, narrow_vec<T>(out), n, aligned);
         });
     }
 }
@@ -140,14 +143,16 @@ __device__ __forceinline__ void write_dx(const LayerNormBwdArgs& a, int64_t at, 
                                          const Vec<T>& dout, float mean, float rstd, float mean_g, float mean_gx,
                                          bool aligned) {
     const Vec<P> weight = load_vec(static_cast<const P*>(a.weight) + i, n, aligned);
-    Vec<T> dh = {}, dx;
+    Vec<T> dh = {};
     if (a.dh) dh = load_vec(static_cast<const T*>(a.dh) + at, n, aligned);
+    const float slope = rstd * mean_gx;
+    float dx[kVec];
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
-        const float g = widen(dout.at[e]) * widen(weight.at[e]), xhat = (widen(h.at[e]) - mean) * rstd;
-        dx.at[e] = narrow<T>(fmaf(g - mean_g - xhat * mean_gx, rstd, widen(dh.at[e])));
+        const float g = widen(dout.at[e]) * widen(weight.at[e]);
+        dx[e] = fmaf(fmaf(mean - widen(h.at[e]), slope, g - mean_g), rstd, widen(dh.at[e]));
     }
-    store_vec(static_cast<T*>(a.dx) + at, dx, n, aligned);
+    store_vec(static_cast<T*>(a.dx) + at, narrow_vec<T>(dx), n, aligned);
 }
 
 // Adds eight columns' share to the row's sums of g and of g * xhat.

@@ -8,15 +8,10 @@
 #include <type_traits>
 
 #include "../view.h"
+#include "ptx.cuh"
+#include "types.cuh"
 
 namespace cgpt::cuda {
-
-struct bf16 {
-    uint16_t bits;
-};
-struct f16 {
-    uint16_t bits;
-};
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -74,8 +69,8 @@ template <class T>
 __device__ __forceinline__ void store_vec(T* p, const Vec<T>& x, int n, bool aligned) {
     if (aligned && n == kVec) {
         constexpr int words = sizeof(Vec<T>) / 16;
-#pragma unroll
-        for (int i = 0; i < words; ++i) reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(&x)[i];
+#pragma unroll  // by name: nvcc 13.0 merges a plain store with those of the other branch, element by element
+        for (int i = 0; i < words; ++i) store16(reinterpret_cast<uint4*>(p) + i, reinterpret_cast<const uint4*>(&x)[i]);
     } else {
 #pragma unroll
         for (int i = 0; i < kVec; ++i)

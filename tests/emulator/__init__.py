@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import sysconfig
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -169,16 +169,10 @@ def emulated(seed: int = 0):
     """Every op of cgpt_ext runs its CUDA kernels, on CPU tensors. Yields the Device."""
     module = native()
     device().seed(seed)
-    with mock.patch.multiple("cgpt_ext", _native=module):
-        patches = [
-            mock.patch.object(sys.modules[name], "_native", module)
-            for name in list(sys.modules)
-            if name.startswith("cgpt_ext.ops.") and hasattr(sys.modules[name], "_native")
-        ]
-        for patch in patches:
-            patch.start()
-        try:
-            yield device()
-        finally:
-            for patch in patches:
-                patch.stop()
+    instead = {"_native": module, "on_gpu": lambda x: True}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("cgpt_ext._native", module))
+        for name in [name for name in sys.modules if name.startswith("cgpt_ext.ops.")]:
+            for what in instead.keys() & vars(sys.modules[name]).keys():
+                stack.enter_context(mock.patch.object(sys.modules[name], what, instead[what]))
+        yield device()

@@ -19,7 +19,7 @@ def losses(folder, precision):
         eval_tokens=64,
         eval_every=50,
         precision=precision,
-        out=str(folder),
+        out=folder,
     )
     train.train(config)
     return [row["loss"] for row in read(folder) if "loss" in row]

@@ -89,7 +89,8 @@ def test_what_the_kernels_write(M, D, F_, activation, dtype):
         return want_pre, activate(want_pre, activation), want_dpre, want_act, want_dpre.sum(0)
 
     names = ("pre", "act", "dpre", "act again", "db1")
-    for name, got, want, torchs in zip(names, (pre, act, dpre, again, db1), by_torch(torch.float64), by_torch(dtype)):
+    written = (pre, act, dpre, again, db1)
+    for name, got, want, torchs in zip(names, written, by_torch(torch.float64), by_torch(dtype), strict=True):
         assert_as_good_as_torch(got, want, torchs, name)
 
 
