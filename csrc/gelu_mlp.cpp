@@ -75,7 +75,8 @@ Matrix operand(const char* name, const View& v) {
              "shape " + shape_of(v) + " with strides (" + std::to_string(v.stride[0]) + ", " +
                  std::to_string(v.stride[1]) + ")");
     check_aligned(name, v);
-    return {v.data, rows ? v.stride[0] : v.stride[1], rows};
+    const int line = rows ? 0 : 1;  // a single line's stride is any number: 0 keeps every address aligned
+    return {v.data, v.size[line] > 1 ? v.stride[line] : 0, rows};
 }
 
 void check_depth(const char* name, int64_t depth) {  // gemm.cuh counts it in 32 bits

@@ -65,17 +65,15 @@ def test_values_and_gradients(served, shape, hidden, bias, transposed):
         assert torch.equal(gelu_mlp(*inputs), y)
 
 
-def test_a_shape_is_asked_about_once(served):
+def test_what_the_heuristic_said_is_kept(served):
     inputs, dy = make((5, 16), 40, torch.bfloat16)
-    run(gelu_mlp, *inputs, "gelu_tanh", dout=dy)
     asked = served.standin_asked()
     first = run(gelu_mlp, *inputs, "gelu_tanh", dout=dy)
-    assert served.standin_asked() == asked
+    for _ in range(6):  # elsewhere in memory each time
+        again = run(gelu_mlp, *(t.clone() for t in inputs), "gelu_tanh", dout=dy.clone())
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert served.standin_asked() - asked <= 4  # two directions, each at 256-byte boundaries and off them
     assert served.standin_created() == 1
-    again = [t.clone() for t in inputs]  # the same shape elsewhere: pointers are the call's own
-    assert all(
-        torch.equal(a, b) for a, b in zip(first, run(gelu_mlp, *again, "gelu_tanh", dout=dy.clone()), strict=True)
-    )
 
 
 def test_what_it_does_not_serve_is_named(served):

@@ -71,6 +71,18 @@ def test_a_sum_over_any_number_of_tokens(depth):
     assert_as_good_as_torch(out, a.double() @ b.double().t(), torch.mm(a, b.t()))
 
 
+def test_a_single_line_may_have_any_stride():
+    storage = torch.randn(64).bfloat16()
+    out, alone = torch.empty(8, 8, dtype=torch.bfloat16), torch.empty(1, 8, dtype=torch.bfloat16)
+    a, b = storage.as_strided((8, 1), (1, 5)), storage[8:].as_strided((8, 1), (1, 3))
+    row, rows = storage.as_strided((1, 8), (5, 1)), storage.view(8, 8)
+    with emulated():
+        native().gelu_mlp_product(a, b, None, out, "auto")
+        native().gelu_mlp_product(row, rows, None, alone, "auto")
+    assert torch.equal(out, a * b.t())
+    assert_as_good_as_torch(alone, row.double() @ rows.double().t(), F.linear(row, rows))
+
+
 def activated(z, activation):
     if activation == "swiglu":
         gate, up = z.chunk(2, -1)
