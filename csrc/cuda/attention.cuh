@@ -4,7 +4,8 @@
 // A head dim is padded with zeros to the next of 64, 80, 96, 128, 192, 256. Tiles, chosen by two budgets: 255 registers
 // a thread with no spills, and the 99 KB of shared memory that a block may have on sm_86 and sm_89, so that one
 // configuration serves all. "rows": 16-row fragments a warp owns; two of them halve the shared memory reads for each
-// product, one is what the registers hold at large head dims. fp32 sums a thread keeps: rows * D / 2 (dkdv: twice that).
+// product, one is what the registers hold at large head dims. fp32 sums a thread keeps: rows * D / 2 (dkdv: twice
+// that).
 //
 //   forward  D  warps rows  queries x keys  ring   KB     dkdv  D  warps  rows  keys x queries  at once  KB
 //           64      4    2        128 x 64     4   48          64      4     2        128 x 64       32  65
@@ -203,7 +204,9 @@ struct Sequence {
         const auto span = [b](const int32_t* cu, int64_t total, int64_t longest, int64_t& begin) {
             begin = 0;
             if (cu == nullptr) return static_cast<int>(longest);
-            const auto within = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+            const auto within = [](int64_t x, int64_t low, int64_t high) {
+                return x < low ? low : x > high ? high : x;
+            };
             begin = within(cu[b], 0, total);
             return static_cast<int>(within(within(cu[b + 1], 0, total) - begin, 0, longest));
         };
@@ -229,8 +232,8 @@ struct Sequence {
     }
 };
 
-// Whether a query sees a key, from a thread's first query and first key: the rest are constants away, so all pairs of a tile
-// share four registers.
+// Whether a query sees a key, from a thread's first query and first key: the rest are constants away, so all pairs of a
+// tile share four registers.
 struct Mask {
     int low, high, last_i, last_j;
     __device__ __forceinline__ Mask(const Sequence& seq, int i, int j)
