@@ -34,6 +34,7 @@ PARTS = {
     "gelu_mlp": 55,
     "grad_norm": 8,
     "embedding": 12,
+    "rotary": 10,
 }
 GRACE = 45  # past a part's time before its process is ended: a case under way may be compiling
 
@@ -284,6 +285,7 @@ def main(argv=None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--parts", default=",".join(PARTS), help="of the ops, those to time (default: all)")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="of the whole (default: %(default)s)")
+    parser.add_argument("--commit", help="what is measured, where the copy at hand has no history to ask")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:
@@ -303,7 +305,7 @@ def main(argv=None) -> int:
         print((options.out / "build.log").read_text()[-4000:])
         print(f"gpu: the build failed; {options.out / 'build.log'} has the rest", file=sys.stderr)
         return 1
-    report.set(environment=describe(device))
+    report.set(environment=describe(device) | ({"commit": options.commit} if options.commit else {}))
     say(began, f"built: {report.content['build']}")
     report.set(tests=tests(options.out, dry))
     say(began, f"tests: {report.content['tests']}")

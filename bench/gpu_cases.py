@@ -330,6 +330,28 @@ def embedding(device: str, tiny: bool) -> Iterator[Case]:
     yield from directions("embedding", size, device, rivals, mine, (wte, wpe), dout, bytes=moved)
 
 
+def rotary(device: str, tiny: bool) -> Iterator[Case]:
+    """Both halves of a head turned, as Llama has them."""
+    B, T, H, D = (2, 8, 2, 16) if tiny else (8, 2048, 16, 128)
+    x, dout = randn(B, T, H, D, device=device), randn(B, T, H, D, device=device, grad=False)
+    angles = torch.arange(T, device=device)[:, None] * 10_000.0 ** -torch.linspace(0, 1, D // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+
+    def torchs():
+        return cgpt_ext.rotary_ref(x, cos, sin)
+
+    def flash_attn():
+        from flash_attn.layers.rotary import apply_rotary_emb
+
+        return apply_rotary_emb(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    def mine():
+        return cgpt_ext.rotary(x, cos, sin)
+
+    rivals = {"torch": torchs, "torch.compile": compiled(torchs, device), "flash-attn": flash_attn}
+    yield from directions("rotary", f"{B}x{T}x{H}x{D}", device, rivals, mine, (x,), dout, bytes=(2 * x.nbytes,) * 2)
+
+
 PARTS = {
     "layer_norm": layer_norm,
     "attention": attention,
@@ -338,4 +360,5 @@ PARTS = {
     "gelu_mlp": gelu_mlp,
     "grad_norm": grad_norm,
     "embedding": embedding,
+    "rotary": rotary,
 }

@@ -130,10 +130,11 @@ def attention_varlen(device, dtype, H, Hkv, D, *lengths):
 
 
 def gelu_mlp(device, dtype, N, D, H, activation, transposed):
-    w1, w2 = normal(device, dtype, H, D, scale=D**-0.5), normal(device, dtype, D, H, scale=H**-0.5)
+    width = 2 * H if activation == "swiglu" else H
+    w1, w2 = normal(device, dtype, width, D, scale=D**-0.5), normal(device, dtype, D, H, scale=H**-0.5)
     if transposed:  # as the (in, out) parameters of GPT-2 are handed over
         w1, w2 = (w.t().contiguous().t() for w in (w1, w2))
-    x, b1, b2, dout = (normal(device, dtype, *s) for s in ((N, D), (H,), (D,), (N, D)))
+    x, b1, b2, dout = (normal(device, dtype, *s) for s in ((N, D), (width,), (D,), (N, D)))
 
     def ours(*inputs):
         return cgpt_ext.gelu_mlp(*inputs, activation)
@@ -194,6 +195,20 @@ def embedding(device, dtype, B, T, V, D):
     return Problem("embedding", cgpt_ext.embedding, cgpt_ext.embedding_ref, torchs, [ids, wte, wpe], dout)
 
 
+def rotary(device, dtype, B, T, H, D, R, interleaved):
+    x, dout = (normal(device, dtype, B, T, H, D) for _ in range(2))
+    angles = torch.arange(T, device=device)[:, None] * 10_000.0 ** -torch.linspace(0, 1, R // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+
+    def ours(x):
+        return cgpt_ext.rotary(x, cos, sin, interleaved)
+
+    def reference(x):
+        return cgpt_ext.rotary_ref(x, cos, sin, interleaved)
+
+    return Problem("rotary", ours, reference, reference, [x], dout)
+
+
 # (what builds it, its sizes): a tile and one more, primes, 1, the family's widths and head dims
 SIZES: list[tuple[Callable, tuple]] = [
     *((attention, size) for size in (
@@ -209,13 +224,14 @@ SIZES: list[tuple[Callable, tuple]] = [
     (attention_varlen, (4, 2, 64, 129, 1, 64, 200)), (attention_varlen, (2, 2, 40, 67, 131)),
     *((gelu_mlp, size) for size in (
         (1, 8, 16, "gelu", False), (129, 64, 256, "gelu", True), (67, 96, 136, "gelu_tanh", True),
-        (257, 768, 1024, "gelu", True), (128, 128, 512, "gelu_tanh", False),
+        (257, 768, 1024, "gelu", True), (128, 128, 512, "gelu_tanh", False), (67, 96, 136, "swiglu", True),
     )),
     *((layer_norm, size) for size in (
         (1, 1, False), (7, 13, True), (129, 768, False), (65, 1088, True), (33, 5120, True), (3, 20000, False),
     )),
     *((cross_entropy, size) for size in ((1, 8, 2, 0.0), (13, 64, 101, 1e-3), (257, 64, 50257, 0.0))),
     *((embedding, size) for size in ((1, 1, 2, 8), (3, 67, 50, 96), (2, 129, 50257, 64))),
+    *((rotary, size) for size in ((1, 1, 1, 8, 8, False), (2, 67, 3, 80, 80, False), (1, 130, 2, 64, 24, True))),
 ]  # fmt: skip
 
 # The sizes that the tests of repeats, graphs and compilation take: one an op, large enough for several blocks.
@@ -228,6 +244,7 @@ ONE_EACH: list[tuple[Callable, tuple]] = [
     (layer_norm, (129, 768, True)),
     (cross_entropy, (65, 64, 1003, 1e-3)),
     (embedding, (3, 67, 50, 96)),
+    (rotary, (2, 67, 3, 80, 64, False)),
 ]
 
 OP = {attention_qkv: "attention", attention_masked: "attention", attention_varlen: "attention"}

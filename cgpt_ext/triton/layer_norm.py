@@ -9,7 +9,7 @@
 
 x, residual, h, y (rows, D), weight and bias (D), mean and rstd (rows,). Up to WIDE columns a program holds ROWS whole
 rows in registers, so everything is read once; the backward pass runs PROGRAMS programs over the rows, each keeping its
-dweight and dbias in registers, and a second kernel adds up theirs in order. Wider rows are read once per pass over them.
+dweight and dbias in registers, and a second kernel adds up theirs in order. Wider rows are read once a pass.
 """
 
 import torch

@@ -339,20 +339,23 @@ void attention_bwd_launch(const AttentionBwdArgs& a, void* stream) {
     if (delta_blocks > 0)
         launch("attention", attention_bwd_delta_kernel<T>, dim3(delta_blocks), dim3(kDeltaThreads), 0, stream, a);
     with_head_dim(s.D, [&](auto head_dim) {
-        constexpr int D = decltype(head_dim)::value, kRow = Tile<D>::kRowBytes;
+        constexpr int D = decltype(head_dim)::value, kRow = Tile<D>::kRowBytes, kAtOnce = D == 256 ? 16 : 32;
         {
             constexpr int kRows = D == 64 ? 2 : 1, kRowWarps = D == 64 || D > 128 ? 4 : 8, kHalves = D > 128 ? 2 : 1;
             constexpr int kKeys = 16 * kRows * kRowWarps, kQueries = D == 64 ? 64 : D == 256 ? 16 : 32;
-            run(attention_bwd_dkdv_kernel<T, D, kRows, kRowWarps, kHalves, kQueries, (D == 256 ? 16 : 32)>,
-                ceil_div<int64_t>(s.Tk, kKeys), s.Hkv, kRowWarps * kHalves * kWarp,
-                (2 * kKeys + 4 * kQueries) * kRow + sizeof(DkdvKept<T, kRowWarps * kHalves, kQueries>));
+            constexpr size_t kBytes =
+                (2 * kKeys + 4 * kQueries) * kRow + sizeof(DkdvKept<T, kRowWarps * kHalves, kQueries>);
+            static_assert(kBytes <= kMaxSharedBytes);
+            run(attention_bwd_dkdv_kernel<T, D, kRows, kRowWarps, kHalves, kQueries, kAtOnce>,
+                ceil_div<int64_t>(s.Tk, kKeys), s.Hkv, kRowWarps * kHalves * kWarp, kBytes);
         }
         {
             constexpr int kRows = D <= 128 ? 2 : 1, kWarps = 4, kQueries = 16 * kRows * kWarps;
             constexpr int kKeys = D <= 80 ? 64 : D == 256 ? 16 : 32;
-            run(attention_bwd_dq_kernel<T, D, kRows, kWarps, kKeys, (D == 256 ? 16 : 32)>,
-                ceil_div<int64_t>(s.Tq, kQueries), s.H, kWarps * kWarp,
-                (2 * kQueries + 4 * kKeys) * kRow + sizeof(DqKept<T, kWarps, kQueries>));
+            constexpr size_t kBytes = (2 * kQueries + 4 * kKeys) * kRow + sizeof(DqKept<T, kWarps, kQueries>);
+            static_assert(kBytes <= kMaxSharedBytes);
+            run(attention_bwd_dq_kernel<T, D, kRows, kWarps, kKeys, kAtOnce>, ceil_div<int64_t>(s.Tq, kQueries), s.H,
+                kWarps * kWarp, kBytes);
         }
     });
 }

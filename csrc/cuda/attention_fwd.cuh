@@ -215,10 +215,11 @@ void attention_fwd_launch(const AttentionFwdArgs& a, void* stream) {
         constexpr int kRows = kSmall ? 2 : 1, kWarps = kSmall ? 4 : 8, kQueries = 16 * kRows * kWarps;
         constexpr int kKeys = D == 128 ? 48 : D == 256 ? 32 : 64;
         constexpr int kRing = D == 64 || D == 128 ? 4 : kSmall ? 3 : 2;
+        constexpr size_t kBytes = (kQueries + kRing * kKeys) * Tile<D>::kRowBytes + sizeof(FwdKept<T, kWarps>);
+        static_assert(kBytes <= kMaxSharedBytes);
         const int64_t blocks = ceil_div<int64_t>(a.shape.Tq, kQueries) * a.shape.H * a.shape.B;
         launch("attention", attention_fwd_kernel<T, D, kRows, kWarps, kKeys, kRing, (D <= 80)>,
-               dim3(static_cast<unsigned>(blocks)), dim3(kWarps * kWarp),
-               (kQueries + kRing * kKeys) * Tile<D>::kRowBytes + sizeof(FwdKept<T, kWarps>), stream, a);
+               dim3(static_cast<unsigned>(blocks)), dim3(kWarps * kWarp), kBytes, stream, a);
     });
 }
 

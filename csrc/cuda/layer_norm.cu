@@ -16,7 +16,6 @@
 
 #include "../layer_norm.h"
 #include "launch.cuh"
-#include "narrow.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"

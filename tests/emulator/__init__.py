@@ -169,7 +169,7 @@ def emulated(seed: int = 0):
     """Every op of cgpt_ext runs its CUDA kernels, on CPU tensors. Yields the Device."""
     module = native()
     device().seed(seed)
-    instead = {"_native": module, "_on_gpu": lambda x: True}
+    instead = {"_native": module, "on_gpu": lambda x: True}
     with ExitStack() as stack:
         stack.enter_context(mock.patch("cgpt_ext._native", module))
         for name in [name for name in sys.modules if name.startswith("cgpt_ext.ops.")]:

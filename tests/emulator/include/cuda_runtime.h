@@ -128,10 +128,6 @@ CGPT_EMULATED T __ldca(const T* p) {
     return *p;
 }
 template <class T>
-CGPT_EMULATED void __stwb(T* p, const std::common_type_t<T>& x) {
-    *p = x;
-}
-template <class T>
 CGPT_EMULATED void __stcs(T* p, const std::common_type_t<T>& x) {
     *p = x;
 }
