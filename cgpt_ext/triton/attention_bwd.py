@@ -316,7 +316,7 @@ DKDV_CONFIGS = [
     (2, 256, 80, 80, config(8, 2, BLOCK_M=16, BLOCK_N=32)),
     (4, 64, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=32)),
     (4, 64, 80, 80, config(4, 1, BLOCK_M=16, BLOCK_N=16)),
-    (4, 128, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=32)),
+    (4, 128, 80, NEVER, config(8, 1, BLOCK_M=16, BLOCK_N=32)),
     (4, 128, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
     (4, 192, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
     (4, 256, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),

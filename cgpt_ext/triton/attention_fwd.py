@@ -162,6 +162,5 @@ CONFIGS = [
     (4, 128, 80, 80, config(4, 1, BLOCK_M=16, BLOCK_N=32)),
     (4, 192, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=16)),
     (4, 256, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=16)),
-    (4, 256, 80, 80, config(8, 1, BLOCK_M=16, BLOCK_N=16)),
 ]
 TUNED = tuned_for(attention_fwd_kernel, CONFIGS)

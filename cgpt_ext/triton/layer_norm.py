@@ -213,7 +213,7 @@ def layer_norm_sum_kernel(
 CONFIGS = {
     1024: [config(1, ROWS=1), config(4, ROWS=4), config(2, ROWS=1), config(4, ROWS=1)],
     2048: [config(4, ROWS=1), config(2, ROWS=1), config(8, ROWS=4)],
-    4096: [config(4, ROWS=1), config(8, ROWS=1)],
+    4096: [config(8, ROWS=1), config(16, ROWS=1)],
     8192: [config(8, ROWS=1), config(4, ROWS=1)],
 }
 BWD_CONFIGS = {

@@ -1,8 +1,8 @@
 // attention backward, in three launches and without atomics, so that two runs give the same bits:
 //
 //   delta   delta_i = sum_d dout_id out_id
-//   dkdv    a block takes a tile of keys of one key head and walks over the queries that see them, of all its query
-//   heads dq      a block takes a tile of queries and walks over the keys that they see
+//   dkdv    a block takes a tile of keys of one key head and walks over its query heads' queries that see them
+//   dq      a block takes a tile of queries and walks over the keys that they see
 //
 //   p_ij = exp(s_ij - lse_i),  dv_j = sum_i p_ij dout_i,  ds_ij = p_ij (dout_i . v_j - delta_i),
 //   dk_j = scale sum_i ds_ij q_i,  dq_i = scale sum_j ds_ij k_j           (Dao 2023, arXiv 2307.08691)

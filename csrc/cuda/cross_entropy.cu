@@ -16,7 +16,6 @@
 
 #include "../cross_entropy.h"
 #include "launch.cuh"
-#include "narrow.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"

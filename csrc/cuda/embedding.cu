@@ -14,7 +14,6 @@
 
 #include "../embedding.h"
 #include "launch.cuh"
-#include "narrow.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"

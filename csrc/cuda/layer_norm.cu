@@ -16,7 +16,6 @@
 
 #include "../layer_norm.h"
 #include "launch.cuh"
-#include "narrow.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -28,7 +27,7 @@ using namespace cuda;
 
 constexpr const char* kOp = "layer_norm";
 constexpr int kFwdVecs = 4;            // vectors of a row that a thread holds
-constexpr int kFwdThreads = 512;       // most of a forward block: 16,384 columns are read once, the rest again from L2
+constexpr int kFwdThreads = 384;       // most of a forward block: 12,288 columns are read once, the rest again from L2
 constexpr int kWarpCols = 1024;        // up to here a row is a warp's
 constexpr int kWarpRows = 4;           // rows, and warps, of a block then
 constexpr int kBwdThreads = 256;       // most of a backward block
@@ -185,6 +184,14 @@ struct ColumnSums {
         store_vec(dweight_row, dweight, n, aligned);
         store_vec(dbias_row, dbias, n, aligned);
     }
+    __device__ __forceinline__ void store_shared(float* dweight_row, float* dbias_row, int n) const {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+            if (e >= n) continue;
+            dweight_row[e] = dweight.at[e];
+            dbias_row[e] = dbias.at[e];
+        }
+    }
 };
 
 // Backward threads that a multiprocessor is to hold at once, in blocks of a row or of four warps; what that leaves each
@@ -230,20 +237,24 @@ __global__ void __launch_bounds__(bwd_resident(sizeof(T), kVecs))
             write_dx<T, P>(a, at + i, i, left(cols, i), h[k], dout[k], mean, rstd, mean_g, mean_gx, aligned);
         }
     }
-    const bool one = blockDim.y == 1;
-    float* to = one ? a.partials + int64_t(blockIdx.x) * 2 * cols : shared + threadIdx.y * 2 * cols;
+    float* partials = a.partials + int64_t(blockIdx.x) * 2 * cols;
+    float* mine = shared + threadIdx.y * 2 * cols;
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
         const int i = first + k * stride;
-        if (i < cols) columns[k].store(to + i, to + cols + i, left(cols, i), aligned);
+        if (i >= cols) continue;
+        if (blockDim.y == 1)
+            columns[k].store(partials + i, partials + cols + i, left(cols, i), aligned);
+        else
+            columns[k].store_shared(mine + i, mine + cols + i, left(cols, i));
     }
-    if (one) return;
+    if (blockDim.y == 1) return;
     __syncthreads();
     for (int c = threadIdx.y * kWarp + threadIdx.x; c < 2 * cols; c += kWarpRows * kWarp) {
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarpRows; ++w) sum += shared[w * 2 * cols + c];
-        a.partials[int64_t(blockIdx.x) * 2 * cols + c] = sum;
+        partials[c] = sum;
     }
 }
 
@@ -286,7 +297,7 @@ __global__ void __launch_bounds__(kStripRows* kWarp)
                      load_vec(static_cast<const T*>(a.dout) + at, left(cols, i), aligned), a.mean[row], a.rstd[row]);
         }
     float* mine = shared + threadIdx.y * 2 * kStripCols + threadIdx.x * kVec;
-    sums.store(mine, mine + kStripCols, kVec, true);
+    sums.store_shared(mine, mine + kStripCols, kVec);
     __syncthreads();
     float* partials = a.partials + int64_t(blockIdx.y) * 2 * cols;
     for (int c = threadIdx.y * kWarp + threadIdx.x; c < 2 * kStripCols; c += kStripRows * kWarp) {

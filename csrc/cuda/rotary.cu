@@ -9,7 +9,6 @@
 
 #include "../rotary.h"
 #include "launch.cuh"
-#include "narrow.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
