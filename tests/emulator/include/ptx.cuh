@@ -59,6 +59,11 @@ CGPT_EMULATED float exp2_approx(float x) {
 template <class T>
 CGPT_EMULATED void recompute(Vec<T>&) {}
 
+template <class T>
+CGPT_EMULATED void store_whole(T* to, const Vec<T>& x) {
+    store_vec(to, x, kVec, true);
+}
+
 CGPT_EMULATED void named_barrier(int id, int threads) { emulator::wait_at_barrier(id, threads, CGPT_PC); }
 
 }  // namespace cgpt::cuda
