@@ -38,6 +38,26 @@ def test_gelu_mlp(versus, layout, activation, dtype):
     )
 
 
+@pytest.mark.benchmark(group="swiglu forward+backward")
+@DTYPES
+def test_swiglu(versus, dtype):
+    tokens, d, hidden = SHAPE
+    x, b1, b2, dout = (torch.randn(s).to(dtype) for s in ((tokens, d), 2 * hidden, d, (tokens, d)))
+    w1, w2 = (0.02 * torch.randn(2 * hidden, d)).to(dtype), (0.02 * torch.randn(d, hidden)).to(dtype)
+    leaves = [t.requires_grad_() for t in (x, w1, b1, w2, b2)]
+
+    def torchs():
+        gate, up = F.linear(x, w1, b1).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, w2, b2)
+
+    versus(
+        lambda: torch.autograd.grad(gelu_mlp(x, w1, b1, w2, b2, "swiglu"), leaves, dout),
+        {"torch": lambda: torch.autograd.grad(torchs(), leaves, dout)},
+        flops=18 * tokens * d * hidden,
+        seconds=6.0,
+    )
+
+
 @pytest.mark.benchmark(group="gelu_mlp, between the products, forward")
 @DTYPES
 @ACTIVATIONS

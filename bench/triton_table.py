@@ -1,14 +1,17 @@
-"""What Triton makes of every kernel for sm_80 and sm_90: registers, spills and shared memory, without a GPU.
+"""What Triton makes of every kernel for sm_80 and sm_90, compiled without a GPU: registers, spills and shared memory.
 
-    python bench/triton_table.py --check [NAME ...]    compare with the committed table, whole or the rows named
-    python bench/triton_table.py --write               compile every config of every kernel and write the table
+    python bench/triton_table.py [NAME ...]            compiles and prints all rows, or those of a NAME
+    python bench/triton_table.py --check [NAME ...]    compares them with results/compiler/triton.json
+    python bench/triton_table.py --write               compiles every config of every kernel and writes that file
 
-A row is {kernel, arch, registers, spills, shared}: registers a thread, bytes a thread of local memory (nothing here
-has any but what is spilled), bytes a block of shared memory. The kernel's name carries what it was specialised for.
-Numbers are one Triton release's: another's are only held to having no spills.
+A row is {kernel, arch, registers, spills, shared}: registers a thread, bytes a thread of local memory (no kernel here
+has any but what is spilled), bytes of shared memory a block. A kernel's name carries what it was specialised for.
+The numbers are one Triton release's: with another they are not compared, only held to having no spills.
 """
 
 import argparse
+import json
+import os
 import re
 import subprocess
 import sys
@@ -179,20 +182,80 @@ def measure(case: Case, arch: str) -> dict:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--show", action="store_true")
-    parser.add_argument("names", nargs="*")
-    arguments = parser.parse_args()
+def listed() -> list[tuple[Case, str]]:
+    """Every case and architecture, in the order of the table."""
+    return [(case, arch) for case in cases() for arch in case.archs]
+
+
+def differences(committed: list[dict], measured: list[dict]) -> list[str]:
+    """What the committed table has otherwise, a line each."""
+    before = {(row["kernel"], row["arch"]): row for row in committed}
+    lines = []
+    for row in measured:
+        old = before.get((row["kernel"], row["arch"]))
+        if old is None:
+            lines.append(f"{row['arch']} {row['kernel']}: not in the committed table")
+        elif old != row:
+            moved = [f"{name} {old[name]} -> {row[name]}" for name in row if old[name] != row[name]]
+            lines.append(f"{row['arch']} {row['kernel']}: {', '.join(moved)}")
+    return lines
+
+
+def problems(rows: list[dict]) -> list[str]:
+    return [f"{row['arch']} {row['kernel']}: spills {row['spills']} bytes" for row in rows if row["spills"]]
+
+
+def not_covered(committed: list[dict]) -> list[str]:
+    """Kernels that the committed table lacks or has too many; nothing is compiled for this."""
+    want = {(case.label, arch) for case, arch in listed()}
+    have = {(row["kernel"], row["arch"]) for row in committed}
+    lines = [f"{arch} {kernel}: not in the committed table" for kernel, arch in sorted(want - have)]
+    return lines + [f"{arch} {kernel}: in the table, but no such config" for kernel, arch in sorted(have - want)]
+
+
+def read_table() -> dict:
+    return json.loads(TABLE.read_text())
+
+
+def write_table(rows: list[dict]) -> None:
+    """One row a line, so that a diff shows kernels."""
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(map(json.dumps, rows))
+    TABLE.write_text(f'{{\n"triton": {json.dumps(triton.__version__)},\n"kernels": [\n{lines}\n]\n}}\n')
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with the committed table")
+    parser.add_argument("--write", action="store_true", help="compile everything and write the table")
+    parser.add_argument("names", nargs="*", help="parts of kernels' names; all without any")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: there is nothing to compile")
+    if options.write and options.names:
+        parser.error("--write takes every kernel")
     rows = []
-    for case in cases():
-        if arguments.names and not any(name in case.label for name in arguments.names):
-            continue
-        for arch in case.archs:
-            row = measure(case, arch)
-            print(row["kernel"], row["arch"], row["registers"], row["spills"], row["shared"], flush=True)
-    return 0
+    for case, arch in listed():
+        if not options.names or any(name in case.label for name in options.names):
+            rows.append(measure(case, arch))
+            print(
+                "{kernel}  {arch}  {registers} registers, {spills} spilled, {shared} shared".format(**rows[-1]),
+                flush=True,
+            )
+    if options.write:
+        write_table(rows)
+        print(f"wrote {TABLE}")
+    found = problems(rows)
+    if options.check:
+        committed = read_table()
+        found += not_covered(committed["kernels"])
+        if committed["triton"] == triton.__version__:
+            found += differences(committed["kernels"], rows)
+        else:
+            print(f"Triton is {triton.__version__}, the committed table's {committed['triton']}: numbers not compared")
+    for line in found:
+        print(line)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

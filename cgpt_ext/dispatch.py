@@ -63,6 +63,7 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
 BESIDES: dict[str, tuple[str, ...]] = {
     "adamw": ("triton",),
     "attention": ("triton",),
+    "cross_entropy": ("triton",),
     "gelu_mlp": ("cublas", "cublaslt", "triton"),
     "layer_norm": ("triton",),
 }

@@ -60,6 +60,7 @@ void cross_entropy_rows(const View& logits, const View& target, const std::optio
     if (cols == 0) fail(kOp, "logits", "non-empty in its last dimension", shape_of(logits));
     if (rows > 1 && logits.stride[0] < cols)
         fail(kOp, "logits", "of rows that do not overlap", "row stride " + std::to_string(logits.stride[0]));
+    if (rows > INT32_MAX) fail(kOp, "logits", "of fewer than 2^31 rows", shape_of(logits));
     Arg(kOp, "target", target).on(logits).dtype({DType::i64}).shape({rows}).contiguous();
     Arg(kOp, "loss", loss).on(logits).dtype({DType::f32}).shape({rows}).contiguous();
     if (dout) Arg(kOp, "dout", *dout).on(logits).dtype({DType::f32}).shape({rows}).contiguous();

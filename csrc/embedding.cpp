@@ -71,6 +71,8 @@ void embedding_fwd(const View& ids, const View& wte, const std::optional<View>& 
                                    wte.size[0],
                                    wte.dtype};
 #if defined(CGPT_CUDA)
+    if (ids.device == Device::cuda && ids.numel() > INT32_MAX)
+        fail(kOp, "ids", "fewer than 2^31 tokens on a GPU", shape_of(ids));
     if (ids.device == Device::cuda) return embedding_fwd_cuda(args, ids.device_id);
 #endif
     if (ids.device != Device::cpu) fail_device(kOp, ids);

@@ -78,6 +78,11 @@ Matrix operand(const char* name, const View& v) {
     return {v.data, rows ? v.stride[0] : v.stride[1], rows};
 }
 
+void check_depth(const char* name, int64_t depth) {  // gemm.cuh counts it in 32 bits
+    if (depth > INT32_MAX - 64)
+        fail(kOp, name, "below 2147483584 in the dimension that is summed", std::to_string(depth));
+}
+
 void check_gemm_output(const char* name, const View& v, const View& like, int64_t rows, int64_t cols) {
     check_output(name, v, like, rows, cols);
     if (cols % 8 != 0) fail(kOp, name, "a multiple of 8 in its last dimension", shape_of(v));
@@ -173,6 +178,7 @@ void gelu_mlp_product(const View& a, const View& b, const std::optional<View>& b
     args.a = operand("a", a);
     args.m = a.size[0];
     args.k = a.size[1];
+    check_depth("a", args.k);
     Arg(kOp, "b", b).on(a).dtype({a.dtype}).shape({-1, args.k});
     args.b = operand("b", b);
     args.n = b.size[0];
@@ -202,6 +208,7 @@ GeluMlpLinearFwdArgs check_linear_fwd(const View& x, const View& w1, const std::
     if (!args.x.row_major && x.numel() != 0) fail(kOp, "x", "contiguous in rows", "one that is contiguous in columns");
     args.m = x.size[0];
     args.k = x.size[1];
+    check_depth("x", args.k);
     Arg(kOp, "act", act).on(x).dtype({x.dtype}).shape({args.m, -1});
     args.n = act.size[1];
     check_gemm_output("act", act, x, args.m, args.n);
@@ -230,6 +237,7 @@ GeluMlpLinearBwdArgs check_linear_bwd(const View& dout, const View& w2, const Vi
         fail(kOp, "dout", "contiguous in rows", "one that is contiguous in columns");
     args.m = dout.size[0];
     args.k = dout.size[1];
+    check_depth("dout", args.k);
     Arg(kOp, "w2", w2).on(dout).dtype({dout.dtype}).shape({args.k, -1});
     args.w2 = operand("w2", w2);
     args.n = w2.size[1];

@@ -25,6 +25,8 @@ void rotary(const View& x, const View& cos, const View& sin, const View& out, bo
                              interleaved,     inverse,
                              x.dtype};
 #if defined(CGPT_CUDA)
+    if (x.device == Device::cuda && (x.size[0] * time > INT32_MAX || x.size[2] * dim > 1 << 30))
+        fail(kOp, "x", "of fewer than 2^31 tokens of at most 2^30 values on a GPU", shape_of(x));
     if (x.device == Device::cuda) return rotary_cuda(args, x.device_id);
 #endif
     if (x.device != Device::cpu) fail_device(kOp, x);

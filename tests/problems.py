@@ -130,10 +130,11 @@ def attention_varlen(device, dtype, H, Hkv, D, *lengths):
 
 
 def gelu_mlp(device, dtype, N, D, H, activation, transposed):
-    w1, w2 = normal(device, dtype, H, D, scale=D**-0.5), normal(device, dtype, D, H, scale=H**-0.5)
+    width = 2 * H if activation == "swiglu" else H
+    w1, w2 = normal(device, dtype, width, D, scale=D**-0.5), normal(device, dtype, D, H, scale=H**-0.5)
     if transposed:  # as the (in, out) parameters of GPT-2 are handed over
         w1, w2 = (w.t().contiguous().t() for w in (w1, w2))
-    x, b1, b2, dout = (normal(device, dtype, *s) for s in ((N, D), (H,), (D,), (N, D)))
+    x, b1, b2, dout = (normal(device, dtype, *s) for s in ((N, D), (width,), (D,), (N, D)))
 
     def ours(*inputs):
         return cgpt_ext.gelu_mlp(*inputs, activation)
@@ -223,7 +224,7 @@ SIZES: list[tuple[Callable, tuple]] = [
     (attention_varlen, (4, 2, 64, 129, 1, 64, 200)), (attention_varlen, (2, 2, 40, 67, 131)),
     *((gelu_mlp, size) for size in (
         (1, 8, 16, "gelu", False), (129, 64, 256, "gelu", True), (67, 96, 136, "gelu_tanh", True),
-        (257, 768, 1024, "gelu", True), (128, 128, 512, "gelu_tanh", False),
+        (257, 768, 1024, "gelu", True), (128, 128, 512, "gelu_tanh", False), (67, 96, 136, "swiglu", True),
     )),
     *((layer_norm, size) for size in (
         (1, 1, False), (7, 13, True), (129, 768, False), (65, 1088, True), (33, 5120, True), (3, 20000, False),

@@ -31,6 +31,11 @@ def direct(*arguments) -> bool:
     return not (isinstance(first, torch.Tensor) and first.is_meta)
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether the CUDA kernels serve x: where an op goes about its work differently than on a CPU."""
+    return x.device.type == "cuda"
+
+
 def register(schema: str, launch: Callable, fake: Callable) -> Callable:
     """Defines `cgpt_ext::<schema>`, served by `launch` on CPU and CUDA.
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import check_tensors, register, require_tensors
+from cgpt_ext.ops._torch import check_tensors, on_gpu, register, require_tensors
 
 
 def attention(
@@ -276,7 +276,7 @@ class _AttentionQKV(torch.autograd.Function):
 def _rows(x):
     """x itself where a kernel can read it: by contiguous rows, and on a GPU by 16 aligned bytes of them."""
     readable = x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1
-    if readable and x.device.type == "cuda" and x.dtype != torch.float32:
+    if readable and on_gpu(x) and x.dtype != torch.float32:
         strides = (s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)
         readable = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
     return x if readable else x.clone(memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
-from cgpt_ext.ops._torch import autocast, direct, register, require_tensors
+from cgpt_ext.ops._torch import autocast, direct, on_gpu, register, require_tensors
 
 # A chunk's logits: 1335 tokens of bf16 at V = 50257, enough that summing dW over the chunks costs little beside the
 # products, and about what dW itself takes.
@@ -199,7 +199,7 @@ def _walk(x, weight, target, dout, ignore_index, z_loss, vocab_size, chunk_token
     dweight = x.new_empty(padded, width) if need_dweight else x.new_empty(0)
     if need_dweight:
         dweight[vocab_size if chunks else 0 :].zero_()
-        slab = vocab_size if x.is_cuda else min(vocab_size, max(64, SLAB_BYTES // (width * dtype.itemsize)))
+        slab = vocab_size if on_gpu(x) else min(vocab_size, max(64, SLAB_BYTES // (width * dtype.itemsize)))
         product = x.new_empty(slab if chunks > 1 and dtype != torch.float32 else 0, width)
         wide = x.new_empty(vocab_size if chunks > 2 and dtype != torch.float32 else 0, width, dtype=torch.float32)
     scratch = x.new_empty(min(chunk, rows), _row_stride(vocab_size, dtype.itemsize))

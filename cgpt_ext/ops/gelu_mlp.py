@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from cgpt_ext import _native
 from cgpt_ext.dispatch import TABLE, implementation, reference_chosen
-from cgpt_ext.ops._torch import autocast, check_tensors, register, require_tensors
+from cgpt_ext.ops._torch import autocast, check_tensors, on_gpu, register, require_tensors
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 _PARTIAL_ROWS = 32  # csrc/gelu_mlp.h's kPartialRows
@@ -147,14 +147,10 @@ def _weight_grad(way, dout: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return way.product(x.t(), dout.t()).t() if _transposed(w) else way.product(dout.t(), x.t())
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.device.type == "cuda"
-
-
 def _partials(x: Tensor, columns: int) -> Tensor | None:
     """Room for the sums over every 32 rows of x, where they are taken in two steps."""
     rows = (x.shape[0] + _PARTIAL_ROWS - 1) // _PARTIAL_ROWS
-    return x.new_empty(rows, columns, dtype=torch.float32) if _on_gpu(x) else None
+    return x.new_empty(rows, columns, dtype=torch.float32) if on_gpu(x) else None
 
 
 class _Torch:
@@ -168,7 +164,7 @@ class _Torch:
     @staticmethod
     def linear_fwd(x, w1, b1, activation, save_pre):
         """(pre, act); pre is without its bias on a CPU, where oneDNN would take a pass of its own to add it."""
-        gpu = _on_gpu(x)
+        gpu = on_gpu(x)
         pre = _Torch.product(x, w1, b1 if gpu else None)
         act = _hidden(pre, activation) if save_pre or activation == "swiglu" else pre
         _native.gelu_mlp_fwd(pre, None if gpu else b1, act, activation)
@@ -180,7 +176,7 @@ class _Torch:
         dact = torch.mm(dout, w2)
         act, dpre = torch.empty_like(dact), torch.empty_like(pre) if activation == "swiglu" else dact
         partials = None if db1 is None else _partials(pre, pre.shape[1])
-        _native.gelu_mlp_bwd(pre, None if _on_gpu(pre) else b1, dact, act, dpre, db1, partials, activation)
+        _native.gelu_mlp_bwd(pre, None if on_gpu(pre) else b1, dact, act, dpre, db1, partials, activation)
         return dpre, act
 
 
@@ -235,8 +231,8 @@ class _Triton(_Torch):
     def linear_fwd(x, w1, b1, activation, save_pre):
         from cgpt_ext.triton.gelu_mlp import gelu_mlp_linear_fwd_triton
 
-        pre = x.new_empty(x.shape[0], w1.shape[0])
-        act = _hidden(pre, activation)
+        pre = x.new_empty(x.shape[0], w1.shape[0]) if save_pre else None
+        act = x.new_empty(x.shape[0], _hidden_width(w1.shape[0], activation))
         gelu_mlp_linear_fwd_triton(x, w1, b1, activation, pre, act)
         return pre, act
 
@@ -250,7 +246,7 @@ class _Triton(_Torch):
 
 
 _WAYS = {"native": _Gemm, "cublas": _Torch, "cublaslt": _CublasLt, "triton": _Triton}
-_SERVES = {"cublaslt": ("gelu_tanh",), "triton": ("gelu", "gelu_tanh")}  # the activations of those not serving all
+_SERVES = {"cublaslt": ("gelu_tanh",)}  # the activations of those that do not serve all
 
 
 def _way(x: Tensor, activation: str, chosen: str):
@@ -261,9 +257,9 @@ def _way(x: Tensor, activation: str, chosen: str):
         name = TABLE["gelu_mlp"][device][0]
     if activation not in _SERVES.get(name, ACTIVATIONS):
         raise ValueError(f"gelu_mlp: activation must be {' or '.join(_SERVES[name])} for {name}, got {activation}")
-    if not _on_gpu(x) and name == "native":
+    if not on_gpu(x) and name == "native":
         return _Torch
-    if not _on_gpu(x) and name != "triton":
+    if not on_gpu(x) and name != "triton":
         raise ValueError(f"gelu_mlp: tensors must be on cuda for {name}, got {device}")
     return _WAYS[name]
 

@@ -22,7 +22,7 @@ def attention_fwd_triton(
         q: (B, Tq, H, D), or (total_q, H, D) with cu_seqlens. k, v: (B, Tk, Hkv, D) likewise.
         window_left, window_right: query i sees keys i + Tk - Tq - window_left to i + Tk - Tq + window_right; negative
             is no limit. A query that sees none gets out 0 and lse -inf.
-        alibi_slopes: (H,) or (B, H) fp32, or None.
+        alibi_slopes: (H,) or (B, H) fp32, contiguous, or None.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, or None.
         max_seqlen_q, max_seqlen_k: the longest sequence's length; what is longer is cut. Unused without cu_seqlens.
 

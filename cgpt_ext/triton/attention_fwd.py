@@ -70,7 +70,7 @@ def attention_fwd_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, NEGATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """q (B, Tq, H, D), k and v (B, Tk, H / group, D), lse (B, H, Tq) by strides; Tq and Tk the longest with cu_seqlens."""
+    """q (B, Tq, H, D), k and v (B, Tk, H / group, D), lse (B, H, Tq) by strides; with cu_seqlens Tq, Tk the longest."""
     FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     ALIBI: tl.constexpr = slopes_ptr is not None
     tiles = tl.cdiv(Tq, BLOCK_M)
@@ -152,15 +152,15 @@ CONFIGS = [
     (2, 128, 80, 80, config(4, 3, BLOCK_M=64, BLOCK_N=32)),
     (2, 192, 90, 90, config(8, 2, BLOCK_M=128, BLOCK_N=64)),
     (2, 192, 90, 90, config(8, 2, BLOCK_M=128, BLOCK_N=32)),
-    (2, 192, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
+    (2, 192, 80, 80, config(4, 2, BLOCK_M=64, BLOCK_N=16)),
+    (2, 192, 80, 80, config(4, 2, BLOCK_M=32, BLOCK_N=32)),
     (2, 256, 90, 90, config(8, 2, BLOCK_M=128, BLOCK_N=32)),
-    (2, 256, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
-    (4, 64, 80, 80, config(4, 2, BLOCK_M=64, BLOCK_N=32)),
-    (4, 64, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=64)),
-    (4, 128, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
-    (4, 128, 80, 80, config(4, 2, BLOCK_M=32, BLOCK_N=32)),
-    (4, 192, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
-    (4, 256, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=32)),
+    (2, 256, 80, 80, config(4, 2, BLOCK_M=32, BLOCK_N=32)),
+    (4, 64, 80, 80, config(8, 2, BLOCK_M=64, BLOCK_N=32)),
+    (4, 64, 80, 80, config(4, 2, BLOCK_M=32, BLOCK_N=32)),
+    (4, 128, 80, 80, config(8, 2, BLOCK_M=32, BLOCK_N=16)),
+    (4, 128, 80, 80, config(4, 1, BLOCK_M=16, BLOCK_N=32)),
+    (4, 192, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=16)),
     (4, 256, 80, 80, config(8, 1, BLOCK_M=32, BLOCK_N=16)),
 ]
 TUNED = tuned_for(attention_fwd_kernel, CONFIGS)

@@ -96,7 +96,8 @@ def gelu_mlp_fwd_kernel(
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     width = 2 * F if ACTIVATION == SWIGLU else F
     z = _product(
-        x_ptr, w1_ptr, rows, cols, M, F, D, stride_xm, stride_xd, stride_wf, stride_wd, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
+        x_ptr, w1_ptr, rows, cols, M, F, D, stride_xm, stride_xd, stride_wf, stride_wd,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
     )  # fmt: skip
     if b1_ptr is not None:
         z += tl.load(b1_ptr + cols, cols < F, 0.0).to(tl.float32)[None, :]
@@ -106,8 +107,9 @@ def gelu_mlp_fwd_kernel(
         tl.store(pre_ptr + at, narrow(z, dtype), mask)
     act = z * _share(z, ACTIVATION)[0]
     if ACTIVATION == SWIGLU:
+        w1_ptr += (tl.full((), 0, tl.int64) + F) * stride_wf
         up = _product(
-            x_ptr, w1_ptr + F.to(tl.int64) * stride_wf, rows, cols, M, F, D, stride_xm, stride_xd, stride_wf, stride_wd,
+            x_ptr, w1_ptr, rows, cols, M, F, D, stride_xm, stride_xd, stride_wf, stride_wd,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
         if b1_ptr is not None:
@@ -131,7 +133,8 @@ def gelu_mlp_bwd_kernel(
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     width = 2 * F if ACTIVATION == SWIGLU else F
     dact = _product(
-        dy_ptr, w2_ptr, rows, cols, M, F, D, stride_ym, stride_yd, stride_wf, stride_wd, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
+        dy_ptr, w2_ptr, rows, cols, M, F, D, stride_ym, stride_yd, stride_wf, stride_wd,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
     )  # fmt: skip
     mask = (rows < M)[:, None] & (cols < F)[None, :]
     at = rows.to(tl.int64)[:, None] * width + cols[None, :]
@@ -182,7 +185,7 @@ CONFIGS = {
     (4, True): [config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)],
 }
 BWD_CONFIGS = {
-    (2, False): [config(8, 4, BLOCK_N=64, BLOCK_K=64), config(16, 3, BLOCK_N=128, BLOCK_K=64)],
+    (2, False): [config(8, 4, BLOCK_N=64, BLOCK_K=64), config(8, 3, BLOCK_N=64, BLOCK_K=32)],
     (2, True): [config(8, 4, BLOCK_N=64, BLOCK_K=64), config(8, 4, BLOCK_N=32, BLOCK_K=64)],
     (4, False): [config(8, 3, BLOCK_N=64, BLOCK_K=16), config(8, 3, BLOCK_N=32, BLOCK_K=16)],
     (4, True): [config(8, 3, BLOCK_N=64, BLOCK_K=16), config(8, 3, BLOCK_N=32, BLOCK_K=16)],

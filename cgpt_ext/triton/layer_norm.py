@@ -9,7 +9,7 @@
 
 x, residual, h, y (rows, D), weight and bias (D), mean and rstd (rows,). Up to WIDE columns a program holds ROWS whole
 rows in registers, so everything is read once; the backward pass runs PROGRAMS programs over the rows, each keeping its
-dweight and dbias in registers, and a second kernel adds up theirs in order. Wider rows are read once per pass over them.
+dweight and dbias in registers, and a second kernel adds up theirs in order. Wider rows are read once a pass.
 """
 
 import torch
@@ -213,7 +213,7 @@ def layer_norm_sum_kernel(
 CONFIGS = {
     1024: [config(1, ROWS=1), config(4, ROWS=4), config(2, ROWS=1), config(4, ROWS=1)],
     2048: [config(4, ROWS=1), config(2, ROWS=1), config(8, ROWS=4)],
-    4096: [config(4, ROWS=1), config(8, ROWS=1)],
+    4096: [config(8, ROWS=1), config(16, ROWS=1)],
     8192: [config(8, ROWS=1), config(4, ROWS=1)],
 }
 BWD_CONFIGS = {

@@ -17,7 +17,8 @@ void attention_fwd_cuda(const AttentionFwdArgs& a, int device_id) {
     const AttentionShape& s = a.shape;
     if (s.B == 0 || s.H == 0 || s.Tq == 0) return;
     const cuda::DeviceGuard guard("attention", device_id);
-    const auto run = s.dtype == DType::bf16 ? cuda::attention_fwd_launch<cuda::bf16> : cuda::attention_fwd_launch<cuda::f16>;
+    const auto run =
+        s.dtype == DType::bf16 ? cuda::attention_fwd_launch<cuda::bf16> : cuda::attention_fwd_launch<cuda::f16>;
     run(a, current_stream(device_id));
 }
 
@@ -25,7 +26,8 @@ void attention_bwd_cuda(const AttentionBwdArgs& a, int device_id) {
     const AttentionShape& s = a.shape;
     if (s.B == 0 || s.H == 0) return;
     const cuda::DeviceGuard guard("attention", device_id);
-    const auto run = s.dtype == DType::bf16 ? cuda::attention_bwd_launch<cuda::bf16> : cuda::attention_bwd_launch<cuda::f16>;
+    const auto run =
+        s.dtype == DType::bf16 ? cuda::attention_bwd_launch<cuda::bf16> : cuda::attention_bwd_launch<cuda::f16>;
     run(a, current_stream(device_id));
 }
 

@@ -3,11 +3,13 @@
 //
 // A head dim is padded with zeros to the next of 64, 80, 96, 128, 192, 256. Tiles, chosen by two budgets: 255 registers
 // a thread with no spills, and the 99 KB of shared memory that a block may have on sm_86 and sm_89, so that one
-// configuration serves all. "rows": 16-row fragments a warp owns; two of them halve the shared memory reads for each
-// product, one is what the registers hold at large head dims. fp32 sums a thread keeps: rows * D / 2 (dkdv: twice that).
+// configuration serves all. "rows": fragments of 16 rows that a warp owns; two of them halve the shared memory reads
+// for each product, one is what the registers hold at large head dims. A thread keeps rows * D / 2 sums (dkdv twice
+// that), and beside them rows * keys / 2 scores (backward: twice those of the part "at once"). Loops that come close to
+// 255 so have their invariants in shared memory, which costs a read a tile. KB: the tiles; less than 1 comes on top.
 //
 //   forward  D  warps rows  queries x keys  ring   KB     dkdv  D  warps  rows  keys x queries  at once  KB
-//           64      4    2        128 x 64     4   48          64      4     2        128 x 64       32  65
+//           64      4    2        128 x 64     4   48          64      4     2        128 x 64       32  64
 //           80      4    2        128 x 64     3   50          80      8     1        128 x 32       32  60
 //           96      4    2        128 x 64     3   60          96      8     1        128 x 32       32  72
 //          128      4    2        128 x 48     4   80         128      8     1        128 x 32       32  96
@@ -33,6 +35,7 @@ namespace cgpt::cuda {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kInfinity = __builtin_huge_valf();
+inline constexpr size_t kMaxSharedBytes = 99 * 1024;
 
 // A tile's rows of D 16-bit values, in chunks of 16 bytes. ldmatrix reads eight consecutive rows at one chunk, so the
 // chunks of eight rows must lie in different banks: a row's length and the XOR together give all eight places of 16
@@ -203,7 +206,9 @@ struct Sequence {
         const auto span = [b](const int32_t* cu, int64_t total, int64_t longest, int64_t& begin) {
             begin = 0;
             if (cu == nullptr) return static_cast<int>(longest);
-            const auto within = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+            const auto within = [](int64_t x, int64_t low, int64_t high) {
+                return x < low ? low : x > high ? high : x;
+            };
             begin = within(cu[b], 0, total);
             return static_cast<int>(within(within(cu[b + 1], 0, total) - begin, 0, longest));
         };
@@ -229,8 +234,8 @@ struct Sequence {
     }
 };
 
-// Whether a query sees a key, from a thread's first query and first key: the rest are constants away, so all pairs of a tile
-// share four registers.
+// Whether a query sees a key, from a thread's first query and first key: the rest are constants away, so all pairs of a
+// tile share four registers.
 struct Mask {
     int low, high, last_i, last_j;
     __device__ __forceinline__ Mask(const Sequence& seq, int i, int j)

@@ -1,15 +1,15 @@
 // attention backward, in three launches and without atomics, so that two runs give the same bits:
 //
 //   delta   delta_i = sum_d dout_id out_id
-//   dkdv    a block takes a tile of keys of one key head and walks over the queries that see them, of all its query heads
+//   dkdv    a block takes a tile of keys of one key head and walks over its query heads' queries that see them
 //   dq      a block takes a tile of queries and walks over the keys that they see
 //
 //   p_ij = exp(s_ij - lse_i),  dv_j = sum_i p_ij dout_i,  ds_ij = p_ij (dout_i . v_j - delta_i),
 //   dk_j = scale sum_i ds_ij q_i,  dq_i = scale sum_j ds_ij k_j           (Dao 2023, arXiv 2307.08691)
 //
-// Scores are computed twice, once by each walk: seven products where an atomic or ordered sum of dq would take five. The
-// walk over queries computes them transposed, so that in both p and ds leave one product in the layout that the next
-// reads and stay in registers. Shapes in attention.cpp, tiles in attention.cuh.
+// Scores are computed twice, once by each walk: seven products where an atomic or ordered sum of dq would take five.
+// The walk over queries computes them transposed, so that in both p and ds leave one product in the layout that the
+// next reads and stay in registers. Shapes in attention.cpp, tiles in attention.cuh.
 #pragma once
 
 #include "attention.cuh"
@@ -72,7 +72,7 @@ struct DkdvKept {
 // Rows: of 16 keys for a warp. Halves: warps that share their keys, each with its part of dk's and dv's columns, which
 // all of them together would not fit the registers. Queries: of a tile, `Part` of them at once in registers.
 template <class T, int D, int Rows, int RowWarps, int Halves, int Queries, int Part>
-__global__ void __launch_bounds__(RowWarps* Halves* kWarp)
+__global__ void __launch_bounds__(RowWarps * Halves * kWarp)
     attention_bwd_dkdv_kernel(const __grid_constant__ AttentionBwdArgs a) {
     constexpr int kThreads = RowWarps * Halves * kWarp, kWarpRows = 16 * Rows, kKeys = RowWarps * kWarpRows;
     constexpr int kRow = Tile<D>::kRowBytes, kKeyBytes = kKeys * kRow, kTileBytes = Queries * kRow;
@@ -164,8 +164,9 @@ __global__ void __launch_bounds__(RowWarps* Halves* kWarp)
                 for (int n = 0; n < QT; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
-                        p[m][n][e] = probability(p[m][n][e], lse[8 * n + e % 2],
-                                                 seq.above(i0 + 2 * t) - (w0 + g) + (8 * n + e % 2 - 16 * m - e / 2 * 8));
+                        p[m][n][e] =
+                            probability(p[m][n][e], lse[8 * n + e % 2],
+                                        seq.above(i0 + 2 * t) - (w0 + g) + (8 * n + e % 2 - 16 * m - e / 2 * 8));
             const auto hide = [&](float (&x)[Rows][QT][4]) {
                 const Mask mask(seq, i0 + 2 * t, w0 + g);
 #pragma unroll
@@ -189,8 +190,7 @@ __global__ void __launch_bounds__(RowWarps* Halves* kWarp)
 #pragma unroll
                 for (int n = 0; n < QT; ++n)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - delta[8 * n + e % 2]);
+                    for (int e = 0; e < 4; ++e) ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - delta[8 * n + e % 2]);
             if (!whole) hide(ds);
             to_operand<T>(operand, ds);
             product_ab<T, D>(dk, operand, q_part, 0, chunk);
@@ -204,7 +204,8 @@ __global__ void __launch_bounds__(RowWarps* Halves* kWarp)
     for (int m = 0; m < Rows; ++m) scale[m][0] = scale[m][1] = s.scale, one[m][0] = one[m][1] = 1.0f;
     unsigned char* place = memory + warp_row * kRow;
     store_rows<T, D>(dk, scale, place, kept.dk + warp_row * a.dk.time, a.dk.time, chunk, seq.tk - w0, head_dim);
-    store_rows<T, D>(dv, one, place + kKeyBytes, kept.dv + warp_row * a.dv.time, a.dv.time, chunk, seq.tk - w0, head_dim);
+    store_rows<T, D>(dv, one, place + kKeyBytes, kept.dv + warp_row * a.dv.time, a.dv.time, chunk, seq.tk - w0,
+                     head_dim);
 }
 
 // What dq's loop needs seldom, behind its tiles in shared memory.
@@ -217,8 +218,7 @@ struct DqKept {
 };
 
 template <class T, int D, int Rows, int Warps, int Keys, int Part>
-__global__ void __launch_bounds__(Warps* kWarp)
-    attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdArgs a) {
+__global__ void __launch_bounds__(Warps* kWarp) attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdArgs a) {
     constexpr int kThreads = Warps * kWarp, kWarpRows = 16 * Rows, kQueries = Warps * kWarpRows;
     constexpr int kRow = Tile<D>::kRowBytes, kQueryBytes = kQueries * kRow, kTileBytes = Keys * kRow;
     constexpr int NT = D / 8, KT = Part / 8;
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(Warps* kWarp)
         const int rows = seq.tk - tile * Keys;
         copy_tile<Keys, D, kThreads>(tiles + 2 * stage * kTileBytes, kept.k + row * a.k.time, a.k.time, rows, head_dim);
         copy_tile<Keys, D, kThreads>(tiles + (2 * stage + 1) * kTileBytes, kept.v + row * a.v.time, a.v.time, rows,
-                                        head_dim);
+                                     head_dim);
     };
     copy_tile<kQueries, D, kThreads>(q_tile, row_of<T>(a.q, at.batch, at.head, seq.q_begin + i0), a.q.time, seq.tq - i0,
                                      head_dim);
@@ -291,8 +291,9 @@ __global__ void __launch_bounds__(Warps* kWarp)
                 for (int n = 0; n < KT; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
-                        p[m][n][e] = probability(p[m][n][e], lse[16 * m + e / 2 * 8],
-                                                 seq.above(w0 + g) - (j0 + 2 * t) + (16 * m + e / 2 * 8 - 8 * n - e % 2));
+                        p[m][n][e] =
+                            probability(p[m][n][e], lse[16 * m + e / 2 * 8],
+                                        seq.above(w0 + g) - (j0 + 2 * t) + (16 * m + e / 2 * 8 - 8 * n - e % 2));
             clear(ds);
             product_abt<T, D>(ds, q_tile + warp_row * kRow, kQueries, k_part, Keys);
 #pragma unroll
@@ -330,26 +331,31 @@ void attention_bwd_launch(const AttentionBwdArgs& a, void* stream) {
     const AttentionShape& s = a.shape;
     const auto run = [&](auto kernel, int64_t tiles, int64_t heads, int threads, size_t bytes) {
         const int64_t blocks = tiles * heads * s.B;
-        if (blocks > 0) launch("attention", kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), bytes, stream, a);
+        if (blocks > 0)
+            launch("attention", kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), bytes, stream, a);
     };
     const int64_t delta_tiles = ceil_div<int64_t>(delta_rows(s), kDeltaRows) * s.H;
     const unsigned delta_blocks = static_cast<unsigned>(s.cu_seqlens_q == nullptr ? delta_tiles * s.B : delta_tiles);
     if (delta_blocks > 0)
         launch("attention", attention_bwd_delta_kernel<T>, dim3(delta_blocks), dim3(kDeltaThreads), 0, stream, a);
     with_head_dim(s.D, [&](auto head_dim) {
-        constexpr int D = decltype(head_dim)::value, kRow = Tile<D>::kRowBytes;
+        constexpr int D = decltype(head_dim)::value, kRow = Tile<D>::kRowBytes, kAtOnce = D == 256 ? 16 : 32;
         {
             constexpr int kRows = D == 64 ? 2 : 1, kRowWarps = D == 64 || D > 128 ? 4 : 8, kHalves = D > 128 ? 2 : 1;
             constexpr int kKeys = 16 * kRows * kRowWarps, kQueries = D == 64 ? 64 : D == 256 ? 16 : 32;
-            run(attention_bwd_dkdv_kernel<T, D, kRows, kRowWarps, kHalves, kQueries, (D == 256 ? 16 : 32)>,
-                ceil_div<int64_t>(s.Tk, kKeys), s.Hkv, kRowWarps * kHalves * kWarp,
-                (2 * kKeys + 4 * kQueries) * kRow + sizeof(DkdvKept<T, kRowWarps * kHalves, kQueries>));
+            constexpr size_t kBytes =
+                (2 * kKeys + 4 * kQueries) * kRow + sizeof(DkdvKept<T, kRowWarps * kHalves, kQueries>);
+            static_assert(kBytes <= kMaxSharedBytes);
+            run(attention_bwd_dkdv_kernel<T, D, kRows, kRowWarps, kHalves, kQueries, kAtOnce>,
+                ceil_div<int64_t>(s.Tk, kKeys), s.Hkv, kRowWarps * kHalves * kWarp, kBytes);
         }
         {
             constexpr int kRows = D <= 128 ? 2 : 1, kWarps = 4, kQueries = 16 * kRows * kWarps;
             constexpr int kKeys = D <= 80 ? 64 : D == 256 ? 16 : 32;
-            run(attention_bwd_dq_kernel<T, D, kRows, kWarps, kKeys, (D == 256 ? 16 : 32)>,
-                ceil_div<int64_t>(s.Tq, kQueries), s.H, kWarps * kWarp, (2 * kQueries + 4 * kKeys) * kRow + sizeof(DqKept<T, kWarps, kQueries>));
+            constexpr size_t kBytes = (2 * kQueries + 4 * kKeys) * kRow + sizeof(DqKept<T, kWarps, kQueries>);
+            static_assert(kBytes <= kMaxSharedBytes);
+            run(attention_bwd_dq_kernel<T, D, kRows, kWarps, kKeys, kAtOnce>, ceil_div<int64_t>(s.Tq, kQueries), s.H,
+                kWarps * kWarp, kBytes);
         }
     });
 }

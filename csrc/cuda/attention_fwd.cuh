@@ -1,14 +1,15 @@
 // attention forward: out = softmax(scale * q k^T - slope * |distance|) v and lse, the natural logarithm of each query's
-// sum of exponentials; -inf, and out zero, for a query that sees no key. Shapes in attention.cpp, tiles in attention.cuh.
+// sum of exponentials; -inf, and out zero, for a query that sees no key. Shapes in attention.cpp, tiles in
+// attention.cuh.
 //
 // A block takes a tile of queries and walks over the keys that they see; a warp keeps its own rows' sums, maxima and
 // outputs in registers (FlashAttention-2). K and V tiles come in turn through one ring, so that a ring of two copies V
 // under q k^T and the next K under p v, and a longer one runs further ahead. Tiles that a warp does not see at all are
-// passed over; the test of each pair runs only in tiles that are seen in part: that branch is the same for a whole warp,
-// so the loop stands once in the instruction cache instead of once with masks and once without.
+// passed over; the test of each pair runs only in tiles that are seen in part: that branch is the same for a whole
+// warp, so the loop stands once in the instruction cache instead of once with masks and once without.
 //
-// Scores: exp2((s - max) * scale * log2 e) with the difference first, so that the largest is 1 exactly however large the
-// scores are. With slopes, or a scale that is not positive, scores are scaled first (`general`).
+// Scores: exp2((s - max) * scale * log2 e) with the difference first, so that the largest is 1 exactly however large
+// the scores are. With slopes, or a scale that is not positive, scores are scaled first (`general`).
 #pragma once
 
 #include "attention.cuh"
@@ -47,7 +48,8 @@ __global__ void __launch_bounds__(Warps* kWarp) attention_fwd_kernel(const __gri
         kept.k = row_of<T>(a.k, at.batch, key_head, seq.k_begin);
         kept.v = row_of<T>(a.v, at.batch, key_head, seq.k_begin);
         kept.out = row_of<T>(a.out, at.batch, at.head, seq.q_begin + i0);
-        kept.lse = a.lse == nullptr ? nullptr : a.lse + at.batch * s.lse_batch + at.head * s.lse_head + seq.q_begin + i0;
+        kept.lse =
+            a.lse == nullptr ? nullptr : a.lse + at.batch * s.lse_batch + at.head * s.lse_head + seq.q_begin + i0;
         kept.slope = s.alibi_slopes == nullptr ? 0.0f : s.alibi_slopes[at.batch * s.alibi_stride + at.head];
     }
     __syncthreads();
@@ -152,8 +154,7 @@ __global__ void __launch_bounds__(Warps* kWarp) attention_fwd_kernel(const __gri
                 for (int half = 0; half < 2; ++half) {
                     float best = -kInfinity;
 #pragma unroll
-                    for (int n = 0; n < KT; ++n)
-                        best = fmaxf(best, fmaxf(p[m][n][2 * half], p[m][n][2 * half + 1]));
+                    for (int n = 0; n < KT; ++n) best = fmaxf(best, fmaxf(p[m][n][2 * half], p[m][n][2 * half + 1]));
                     best = fmaxf(top[m][half], warp_max<4>(best));
                     const float base = best == -kInfinity ? 0.0f : best;  // -inf - -inf would be NaN
                     const float factor = exp2_approx((top[m][half] - base) * to_exp2);
@@ -202,8 +203,8 @@ __global__ void __launch_bounds__(Warps* kWarp) attention_fwd_kernel(const __gri
             // Scores that are all -inf give 0/0, as they do in torch; only a query that sees no key gives zero.
             sum[m][half] = seq.first_key(i) <= seq.last_key(i) ? __fdividef(1.0f, total) : 0.0f;
         }
-    store_rows<T, D>(out, sum, memory + warp_row * Tile<D>::kRowBytes,
-                     kept.out + warp_row * a.out.time, a.out.time, 0, seq.tq - w0, head_dim);
+    store_rows<T, D>(out, sum, memory + warp_row * Tile<D>::kRowBytes, kept.out + warp_row * a.out.time, a.out.time, 0,
+                     seq.tq - w0, head_dim);
 }
 
 template <class T>
@@ -214,10 +215,11 @@ void attention_fwd_launch(const AttentionFwdArgs& a, void* stream) {
         constexpr int kRows = kSmall ? 2 : 1, kWarps = kSmall ? 4 : 8, kQueries = 16 * kRows * kWarps;
         constexpr int kKeys = D == 128 ? 48 : D == 256 ? 32 : 64;
         constexpr int kRing = D == 64 || D == 128 ? 4 : kSmall ? 3 : 2;
+        constexpr size_t kBytes = (kQueries + kRing * kKeys) * Tile<D>::kRowBytes + sizeof(FwdKept<T, kWarps>);
+        static_assert(kBytes <= kMaxSharedBytes);
         const int64_t blocks = ceil_div<int64_t>(a.shape.Tq, kQueries) * a.shape.H * a.shape.B;
         launch("attention", attention_fwd_kernel<T, D, kRows, kWarps, kKeys, kRing, (D <= 80)>,
-               dim3(static_cast<unsigned>(blocks)), dim3(kWarps * kWarp),
-               (kQueries + kRing * kKeys) * Tile<D>::kRowBytes + sizeof(FwdKept<T, kWarps>), stream, a);
+               dim3(static_cast<unsigned>(blocks)), dim3(kWarps * kWarp), kBytes, stream, a);
     });
 }
 

@@ -30,10 +30,9 @@ constexpr int kThreads = 512;  // most of a row's block
 constexpr int kSumThreads = 1024;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// e^(x - top), where a top of -inf stands for no value yet: then every x is -inf and the result is 0.
-__device__ __forceinline__ float exp_below(float x, float top) {
-    return exp2_approx((x - (top == -INFINITY ? 0.0f : top)) * kLog2e);
-}
+// The maximum to subtract: where it is -inf so is every value yet, whose exponentials are then 0 and not NaN.
+__device__ __forceinline__ float base_of(float top) { return top == -INFINITY ? 0.0f : top; }
+__device__ __forceinline__ float exp_above(float base, float x) { return exp2_approx((x - base) * kLog2e); }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
@@ -52,38 +51,48 @@ __global__ void __launch_bounds__(kThreads, 3)
     const bool inside = target >= 0 && target < a.cols;
     const float picked = inside ? widen(logits[target]) : NAN;
 
-    float top = -INFINITY, sum = 0.0f;
+    float top = -INFINITY, base = 0.0f, sum = 0.0f;
     for (int64_t i = first; i < a.cols; i += stride) {
         const int n = left(i);
         const Vec<T> v = load_vec(logits + i, n, aligned);
-        float largest = -INFINITY;
+        float x[kVec], largest = -INFINITY;
 #pragma unroll
-        for (int e = 0; e < kVec; ++e)
-            if (e < n) largest = fmaxf(largest, widen(v.at[e]));
+        for (int e = 0; e < kVec; ++e) x[e] = widen(v.at[e]);
+        if (n < kVec)
+#pragma unroll
+            for (int e = 0; e < kVec; ++e)
+                if (e >= n) x[e] = -INFINITY;
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) largest = fmaxf(largest, x[e]);
         if (largest > top) {
-            sum *= exp_below(top, largest);
+            base = base_of(largest);
+            sum *= exp_above(base, top);
             top = largest;
         }
 #pragma unroll
-        for (int e = 0; e < kVec; ++e)
-            if (e < n) sum += exp_below(widen(v.at[e]), top);
+        for (int e = 0; e < kVec; ++e) sum += exp_above(base, x[e]);
     }
     const float row_top = block_max(top, scratch);
-    sum = block_sum(top == row_top ? sum : sum * exp_below(top, row_top), scratch + kWarp);
+    const float row_base = base_of(row_top);
+    sum = block_sum(top == row_top ? sum : sum * exp_above(row_base, top), scratch + kWarp);
     const float log_sum = logf(sum), lse = row_top + log_sum;
     // row_top - l_target first: exact where the logits are large and close
     if (threadIdx.x == 0) a.loss[row] = (row_top - picked) + log_sum + a.z_loss * lse * lse;
     if (!a.dout) return;
     const float dout = inside ? a.dout[row] : NAN, z = 2.0f * a.z_loss * lse;
-    const float factor = dout * (1.0f + z) / sum, p = exp_below(picked, row_top) / sum;
+    const float factor = dout * (1.0f + z) / sum, p = exp_above(row_base, picked) / sum;
     const float at_target = dout * ((p - 1.0f) + z * p);
     for (int64_t i = first; i < a.cols; i += stride) {
         const int n = left(i);
-        Vec<T> v = load_vec(logits + i, n, aligned);
+        const Vec<T> v = load_vec(logits + i, n, aligned);
+        float x[kVec];
 #pragma unroll
-        for (int e = 0; e < kVec; ++e)
-            v.at[e] = narrow<T>(i + e == target ? at_target : exp_below(widen(v.at[e]), row_top) * factor);
-        store_vec(logits + i, v, n, aligned);
+        for (int e = 0; e < kVec; ++e) x[e] = exp_above(row_base, widen(v.at[e])) * factor;
+        if (target >= i && target < i + kVec)
+#pragma unroll
+            for (int e = 0; e < kVec; ++e)
+                if (target == i + e) x[e] = at_target;
+        store_vec(logits + i, narrow_vec<T>(x), n, aligned);
     }
 }
 
@@ -133,10 +142,10 @@ __global__ void __launch_bounds__(256)
         const int n = args.n - i < kVec ? int(args.n - i) : kVec;
         const Vec<A> a = load_vec(static_cast<const A*>(args.a) + i, n, aligned);
         const Vec<bf16> b = load_vec(static_cast<const bf16*>(args.b) + i, n, aligned);
-        Vec<O> out;
+        float out[kVec];
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) out.at[e] = narrow<O>(widen(a.at[e]) + widen(b.at[e]));
-        store_vec(static_cast<O*>(args.out) + i, out, n, aligned);
+        for (int e = 0; e < kVec; ++e) out[e] = widen(a.at[e]) + widen(b.at[e]);
+        store_vec(static_cast<O*>(args.out) + i, narrow_vec<O>(out), n, aligned);
     }
 }
 

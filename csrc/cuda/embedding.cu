@@ -50,8 +50,10 @@ __global__ void __launch_bounds__(kRows* kWarp)
         }
         if (position) {
             const Vec<T> p = load_vec(position + i, n, aligned);
+            float sum[kVec];
 #pragma unroll
-            for (int e = 0; e < kVec; ++e) v.at[e] = narrow<T>(widen(v.at[e]) + widen(p.at[e]));
+            for (int e = 0; e < kVec; ++e) sum[e] = widen(v.at[e]) + widen(p.at[e]);
+            v = narrow_vec<T>(sum);
         }
         store_vec(out + i, v, n, aligned);
     }
@@ -66,10 +68,7 @@ struct Sum {
     }
     template <class T>
     __device__ __forceinline__ void store(T* to, int n, bool aligned) const {
-        Vec<T> x;
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) x.at[e] = narrow<T>(value.at[e]);
-        store_vec(to, x, n, aligned);
+        store_vec(to, narrow_vec<T>(value.at), n, aligned);
     }
 };
 

@@ -27,7 +27,7 @@ struct GemmOperand {
 
 struct GemmProblem {
     GemmOperand a, b;
-    int64_t m, n, k;
+    int64_t m, n, k;  // k below 2^31
     // Where not 0, B has a second row for each of C's columns, `pair` further down: an epilogue gets both products side
     // by side (the gate and the up projection of SwiGLU).
     int64_t pair;
@@ -67,20 +67,19 @@ struct OperandTile {
     // This thread's copies of the tile that starts at row `first`. `kGroup`: of so many rows of a tile, half are the
     // second rows of GemmProblem::pair.
     const T* from[kAlong ? kCopies : 1];
-    const T* zero;
-    int64_t stride, left;  // left: of k, from this thread's part of the tile on
-    uint32_t inside;       // by copy, whether its row exists
+    int64_t stride;
+    int left;         // of k, from this thread's part of the tile on; across k none where its rows do not exist
+    uint32_t inside;  // along k: by copy, whether its row exists
     int to;
 
     template <int kGroup>
     __device__ __forceinline__ void init(const GemmOperand& operand, int64_t first, int64_t rows, int64_t k,
                                          int64_t pair) {
         const int line = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-        zero = static_cast<const T*>(operand.data);
         stride = operand.stride;
         to = place(line, chunk);
         inside = 0;
-        left = k - (kAlong ? chunk * 8 : line);
+        left = int(k) - (kAlong ? chunk * 8 : line);
 #pragma unroll
         for (int i = 0; i < (kAlong ? kCopies : 1); ++i) {
             int in_tile = kAlong ? line + i * kStep : chunk * 8;
@@ -92,22 +91,24 @@ struct OperandTile {
             const int64_t row = first + in_tile;
             const bool exists = row < rows;
             inside |= uint32_t(exists) << i;
-            from[i] = zero;
+            from[i] = static_cast<const T*>(operand.data);
             if (exists) from[i] += kAlong ? (row + second) * stride + chunk * 8 : row + second + line * stride;
         }
+        if (!kAlong && !inside) left = 0;
     }
 
-    // Starts the copies of the present 32 of k and goes on to the next.
+    // Starts the copies of the present 32 of k and goes on to the next. What does not exist is pointed at, but not
+    // read.
     __device__ __forceinline__ void load(Shared tile) {
+        if (kAlong && left <= 0) inside = 0;
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
-            const bool exists = kAlong ? left > 0 && (inside >> i & 1) : left > i * kStep && inside;
             const T* source = kAlong ? from[i] : from[0] + i * kStep * stride;
             // kStep lines further on, the chunks' places are the same ones.
-            cp_async16(tile + (to + i * kStep * kLineBytes), exists ? source : zero, exists);
-            if (kAlong && (inside >> i & 1)) from[i] += kGemmDepth;
+            cp_async16(tile + (to + i * kStep * kLineBytes), source, kAlong ? inside >> i & 1 : left > i * kStep);
+            if (kAlong) from[i] += kGemmDepth;
         }
-        if (!kAlong && inside) from[0] += kGemmDepth * stride;
+        if (!kAlong) from[0] += kGemmDepth * stride;
         left -= kGemmDepth;
     }
 };

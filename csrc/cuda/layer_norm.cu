@@ -27,7 +27,7 @@ using namespace cuda;
 
 constexpr const char* kOp = "layer_norm";
 constexpr int kFwdVecs = 4;            // vectors of a row that a thread holds
-constexpr int kFwdThreads = 512;       // most of a forward block: 16,384 columns are read once, the rest again from L2
+constexpr int kFwdThreads = 384;       // most of a forward block: 12,288 columns are read once, the rest again from L2
 constexpr int kWarpCols = 1024;        // up to here a row is a warp's
 constexpr int kWarpRows = 4;           // rows, and warps, of a block then
 constexpr int kBwdThreads = 256;       // most of a backward block
@@ -69,8 +69,10 @@ __global__ void __launch_bounds__(kFwdThreads)
             Vec<T> v = load_vec(x + i, n, aligned);
             if (residual) {  // what is stored is what gets normalised: the backward pass sees only that
                 const Vec<T> r = load_vec(residual + i, n, aligned);
+                float sum[kVec];
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) v.at[e] = narrow<T>(widen(v.at[e]) + widen(r.at[e]));
+                for (int e = 0; e < kVec; ++e) sum[e] = widen(v.at[e]) + widen(r.at[e]);
+                v = narrow_vec<T>(sum);
                 store_vec(sums + i, v, n, aligned);
             }
             return v;
@@ -125,11 +127,11 @@ __global__ void __launch_bounds__(kFwdThreads)
             const Vec<P> weight = load_vec(static_cast<const P*>(a.weight) + i, n, aligned);
             Vec<P> bias = {};
             if (a.bias) bias = load_vec(static_cast<const P*>(a.bias) + i, n, aligned);
-            Vec<T> out;
+            float out[kVec];
 #pragma unroll
             for (int e = 0; e < kVec; ++e)
-                out.at[e] = narrow<T>(fmaf((widen(v.at[e]) - mean) * rstd, widen(weight.at[e]), widen(bias.at[e])));
-            store_vec(y + i, out, n, aligned);
+                out[e] = fmaf((widen(v.at[e]) - mean) * rstd, widen(weight.at[e]), widen(bias.at[e]));
+            store_vec(y + i, narrow_vec<T>(out), n, aligned);
         });
     }
 }
@@ -140,14 +142,16 @@ __device__ __forceinline__ void write_dx(const LayerNormBwdArgs& a, int64_t at, 
                                          const Vec<T>& dout, float mean, float rstd, float mean_g, float mean_gx,
                                          bool aligned) {
     const Vec<P> weight = load_vec(static_cast<const P*>(a.weight) + i, n, aligned);
-    Vec<T> dh = {}, dx;
+    Vec<T> dh = {};
     if (a.dh) dh = load_vec(static_cast<const T*>(a.dh) + at, n, aligned);
+    const float slope = rstd * mean_gx;
+    float dx[kVec];
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
-        const float g = widen(dout.at[e]) * widen(weight.at[e]), xhat = (widen(h.at[e]) - mean) * rstd;
-        dx.at[e] = narrow<T>(fmaf(g - mean_g - xhat * mean_gx, rstd, widen(dh.at[e])));
+        const float g = widen(dout.at[e]) * widen(weight.at[e]);
+        dx[e] = fmaf(fmaf(mean - widen(h.at[e]), slope, g - mean_g), rstd, widen(dh.at[e]));
     }
-    store_vec(static_cast<T*>(a.dx) + at, dx, n, aligned);
+    store_vec(static_cast<T*>(a.dx) + at, narrow_vec<T>(dx), n, aligned);
 }
 
 // Adds eight columns' share to the row's sums of g and of g * xhat.
@@ -179,6 +183,14 @@ struct ColumnSums {
     __device__ __forceinline__ void store(float* dweight_row, float* dbias_row, int n, bool aligned) const {
         store_vec(dweight_row, dweight, n, aligned);
         store_vec(dbias_row, dbias, n, aligned);
+    }
+    __device__ __forceinline__ void store_shared(float* dweight_row, float* dbias_row, int n) const {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+            if (e >= n) continue;
+            dweight_row[e] = dweight.at[e];
+            dbias_row[e] = dbias.at[e];
+        }
     }
 };
 
@@ -225,20 +237,24 @@ __global__ void __launch_bounds__(bwd_resident(sizeof(T), kVecs))
             write_dx<T, P>(a, at + i, i, left(cols, i), h[k], dout[k], mean, rstd, mean_g, mean_gx, aligned);
         }
     }
-    const bool one = blockDim.y == 1;
-    float* to = one ? a.partials + int64_t(blockIdx.x) * 2 * cols : shared + threadIdx.y * 2 * cols;
+    float* partials = a.partials + int64_t(blockIdx.x) * 2 * cols;
+    float* mine = shared + threadIdx.y * 2 * cols;
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
         const int i = first + k * stride;
-        if (i < cols) columns[k].store(to + i, to + cols + i, left(cols, i), aligned);
+        if (i >= cols) continue;
+        if (blockDim.y == 1)
+            columns[k].store(partials + i, partials + cols + i, left(cols, i), aligned);
+        else
+            columns[k].store_shared(mine + i, mine + cols + i, left(cols, i));
     }
-    if (one) return;
+    if (blockDim.y == 1) return;
     __syncthreads();
     for (int c = threadIdx.y * kWarp + threadIdx.x; c < 2 * cols; c += kWarpRows * kWarp) {
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarpRows; ++w) sum += shared[w * 2 * cols + c];
-        a.partials[int64_t(blockIdx.x) * 2 * cols + c] = sum;
+        partials[c] = sum;
     }
 }
 
@@ -281,7 +297,7 @@ __global__ void __launch_bounds__(kStripRows* kWarp)
                      load_vec(static_cast<const T*>(a.dout) + at, left(cols, i), aligned), a.mean[row], a.rstd[row]);
         }
     float* mine = shared + threadIdx.y * 2 * kStripCols + threadIdx.x * kVec;
-    sums.store(mine, mine + kStripCols, kVec, true);
+    sums.store_shared(mine, mine + kStripCols, kVec);
     __syncthreads();
     float* partials = a.partials + int64_t(blockIdx.y) * 2 * cols;
     for (int c = threadIdx.y * kWarp + threadIdx.x; c < 2 * kStripCols; c += kStripRows * kWarp) {

@@ -11,8 +11,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
-#include "vec.cuh"
+#include "types.cuh"
 
 namespace cgpt::cuda {
 
@@ -32,6 +33,12 @@ struct Shared {
 
 __device__ __forceinline__ Shared shared_at(const void* p) {
     return {static_cast<uint32_t>(__cvta_generic_to_shared(p))};
+}
+
+// st.global.v4: 16 bytes at once, both aligned to that.
+__device__ __forceinline__ void store16(uint4* to, uint4 x) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
 }
 
 // cp.async: 16 bytes from global to shared memory, or 16 zero bytes where !valid (then `from` is not read). Both ends
@@ -113,8 +120,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 // No instruction: from here on the compiler takes x for a new value. What it has worked out from the old one, such as
 // eight fp32 of eight bf16, is then worked out again rather than kept in registers.
-template <class T>
-__device__ __forceinline__ void recompute(Vec<T>& x) {
+template <class V>
+__device__ __forceinline__ void recompute(V& x) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(x) / 4); ++i)
         asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&x)[i]));

@@ -23,6 +23,13 @@ constexpr int kMostThreads = 256;
 __host__ __device__ inline int vectors(int64_t n) { return int((n + kVec - 1) / kVec); }
 
 template <class T>
+__device__ __forceinline__ void turn(T first, T second, float cos, float sin, float& out_first, float& out_second) {
+    const float p = widen(first), q = widen(second);
+    out_first = fmaf(p, cos, -(q * sin));
+    out_second = fmaf(q, cos, p * sin);
+}
+
+template <class T>
 __global__ void __launch_bounds__(kMostThreads)
     rotary_kernel(const __grid_constant__ RotaryArgs a, bool aligned, bool angles_aligned) {
     const int64_t token = blockIdx.x, b = token / a.time, t = token % a.time;
@@ -45,24 +52,20 @@ __global__ void __launch_bounds__(kMostThreads)
         const int low = a.interleaved ? 2 * i : i, high = a.interleaved ? 2 * i + kVec : half + i;
         const int low_n = a.interleaved && 2 * n < kVec ? 2 * n : a.interleaved ? kVec : n;
         const int high_n = a.interleaved ? 2 * n - low_n : n;
-        Vec<T> u = load_vec(x + low, low_n, aligned), v = load_vec(x + high, high_n, aligned);
-        auto turn = [&](T& first, T& second, int e) {
-            const float p = widen(first), q = widen(second), c = cos.at[e], s = sin.at[e] * sign;
-            first = narrow<T>(fmaf(p, c, -(q * s)));
-            second = narrow<T>(fmaf(q, c, p * s));
-        };
+        const Vec<T> u = load_vec(x + low, low_n, aligned), v = load_vec(x + high, high_n, aligned);
+        float p[kVec], q[kVec];
         if (a.interleaved) {
 #pragma unroll
-            for (int e = 0; e < kVec / 2; ++e) {
-                turn(u.at[2 * e], u.at[2 * e + 1], e);
-                turn(v.at[2 * e], v.at[2 * e + 1], e + kVec / 2);
+            for (int e = 0; e < kVec; e += 2) {
+                turn(u.at[e], u.at[e + 1], cos.at[e / 2], sin.at[e / 2] * sign, p[e], p[e + 1]);
+                turn(v.at[e], v.at[e + 1], cos.at[(e + kVec) / 2], sin.at[(e + kVec) / 2] * sign, q[e], q[e + 1]);
             }
         } else {
 #pragma unroll
-            for (int e = 0; e < kVec; ++e) turn(u.at[e], v.at[e], e);
+            for (int e = 0; e < kVec; ++e) turn(u.at[e], v.at[e], cos.at[e], sin.at[e] * sign, p[e], q[e]);
         }
-        store_vec(out + low, u, low_n, aligned);
-        store_vec(out + high, v, high_n, aligned);
+        store_vec(out + low, narrow_vec<T>(p), low_n, aligned);
+        store_vec(out + high, narrow_vec<T>(q), high_n, aligned);
     }
 }
 

@@ -8,15 +8,10 @@
 #include <type_traits>
 
 #include "../view.h"
+#include "ptx.cuh"
+#include "types.cuh"
 
 namespace cgpt::cuda {
-
-struct bf16 {
-    uint16_t bits;
-};
-struct f16 {
-    uint16_t bits;
-};
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -74,13 +69,29 @@ template <class T>
 __device__ __forceinline__ void store_vec(T* p, const Vec<T>& x, int n, bool aligned) {
     if (aligned && n == kVec) {
         constexpr int words = sizeof(Vec<T>) / 16;
-#pragma unroll
-        for (int i = 0; i < words; ++i) reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(&x)[i];
+#pragma unroll  // by name: nvcc 13.0 merges a plain store with those of the other branch, element by element
+        for (int i = 0; i < words; ++i) store16(reinterpret_cast<uint4*>(p) + i, reinterpret_cast<const uint4*>(&x)[i]);
     } else {
 #pragma unroll
         for (int i = 0; i < kVec; ++i)
             if (i < n) p[i] = x.at[i];
     }
+}
+
+// Eight fp32 as memory holds them: each rounded to nearest even, 16-bit ones two an instruction; a NaN stays one.
+template <class T>
+__device__ __forceinline__ Vec<T> narrow_vec(const float (&x)[kVec]) {
+    Vec<T> v;
+    if constexpr (sizeof(T) == 2) {
+        uint32_t words[kVec / 2];
+#pragma unroll
+        for (int i = 0; i < kVec / 2; ++i) words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+        *reinterpret_cast<uint4*>(&v) = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) v.at[i] = x[i];
+    }
+    return v;
 }
 
 __host__ __device__ inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

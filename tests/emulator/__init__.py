@@ -103,11 +103,11 @@ class Device:
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
 
     def seed(self, value: int) -> None:
-        """Chooses the order of blocks and threads in the launches to come."""
+        """Chooses the order of blocks and threads in the launches to come, and starts counting afresh."""
         self.library.emulator_seed(value)
 
     def counters(self) -> dict[str, int]:
-        """What the latest launch executed: warp-wide instructions, copies of 16 bytes, barriers.
+        """What the launches since the seed executed: warp-wide instructions, copies of 16 bytes, barriers.
 
         `bank_conflicts` are the extra passes over the banks that its ldmatrix took; `conflict()` names one's place.
         """
@@ -116,7 +116,7 @@ class Device:
         return dict(zip(("mma", "ldmatrix", "bank_conflicts", "copies", "barriers"), numbers, strict=True))
 
     def conflict(self) -> str:
-        """Where an ldmatrix of the latest launch found banks busy, or ''."""
+        """Where an ldmatrix found banks busy, or ''."""
         return self.library.emulator_conflict().decode()
 
     def writer(self, tensor, *index: int) -> str:
@@ -169,7 +169,7 @@ def emulated(seed: int = 0):
     """Every op of cgpt_ext runs its CUDA kernels, on CPU tensors. Yields the Device."""
     module = native()
     device().seed(seed)
-    instead = {"_native": module, "_on_gpu": lambda x: True}
+    instead = {"_native": module, "on_gpu": lambda x: True}
     with ExitStack() as stack:
         stack.enter_context(mock.patch("cgpt_ext._native", module))
         for name in [name for name in sys.modules if name.startswith("cgpt_ext.ops.")]:

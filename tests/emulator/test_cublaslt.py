@@ -18,7 +18,7 @@ from test_gelu_mlp import make, torch_gelu_mlp  # tests/ops/test_gelu_mlp.py
 
 @pytest.fixture(autouse=True)
 def on_gpu():
-    with mock.patch("cgpt_ext.ops.gelu_mlp._on_gpu", return_value=True):
+    with mock.patch("cgpt_ext.ops.gelu_mlp.on_gpu", return_value=True):
         yield
 
 

@@ -20,7 +20,7 @@ LAYOUTS = [(True, True), (True, False), (False, False)]  # whether a and b lie a
 
 @pytest.fixture(autouse=True)
 def on_gpu():
-    with mock.patch("cgpt_ext.ops.gelu_mlp._on_gpu", return_value=True):
+    with mock.patch("cgpt_ext.ops.gelu_mlp.on_gpu", return_value=True):
         yield
 
 

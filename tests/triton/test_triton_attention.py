@@ -1,6 +1,7 @@
 """Attention's Triton kernels: on a GPU where there is one, else under Triton's interpreter in tiles of 32 by 32."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -76,8 +77,8 @@ def reference(q, k, v, options):
 
 
 def torch_op(q, k, v, options):
-    """Torch's own: in fp32 its fused kernel. In 16 bits the products one by one, as flash-attn's tests have it: its fused
-    kernel on a CPU keeps probabilities in fp32, which no tensor core multiplies.
+    """Torch's own: in fp32 its fused kernel, in 16 bits the products one by one, as flash-attn's tests have it, because
+    its fused kernel on a CPU keeps probabilities in fp32, which no tensor core multiplies.
     """
     x = bias(q, k, **options).to(q.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))))
@@ -213,7 +214,7 @@ def test_packed_sequences():
     options = {"window": (30, 0), "slopes": torch.tensor([0.25, 0.5], device=DEVICE)}
     packs = [make(1, Tq, Tk, 2, 1, 16) for Tq, Tk in lengths]
     packed = [torch.cat([pack[i] for pack in packs], 1)[0] for i in range(4)]
-    cu = [torch.tensor([0, *x], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32) for x in zip(*lengths)]
+    cu = [torch.tensor([0, *x], device=DEVICE).cumsum(0).int() for x in zip(*lengths, strict=True)]
     together = run(attention, *packed[:3], options | {"cu": cu, "longest": (33, 40)}, dout=packed[3])
     _, lse = forward(*packed[:3], **options, cu=cu, longest=(33, 40))
     for b, (q, k, v, dout) in enumerate(packs):
@@ -270,6 +271,15 @@ def test_repeats_bit_for_bit():
     for _ in range(100 if DEVICE == "cuda" else 1):
         again = run(attention, q, k, v, {"window": (NO, 0)}, dout=dout)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_every_call_has_a_tile():
+    from cgpt_ext.triton import attention_bwd, attention_fwd
+    from cgpt_ext.triton.attention_tiles import ARCHS, HEAD_DIMS, choices
+
+    for table in (attention_fwd.CONFIGS, attention_bwd.DKDV_CONFIGS, attention_bwd.DQ_CONFIGS):
+        for D, itemsize, full, arch in product(HEAD_DIMS, (2, 4), (False, True), ARCHS):
+            assert choices(table, D, itemsize, full, arch)
 
 
 def test_split_head_dim():

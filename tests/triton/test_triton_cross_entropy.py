@@ -1,4 +1,4 @@
-"""cross_entropy's Triton kernel: on a GPU where there is one, else under Triton's interpreter, 128 columns at a time."""
+"""cross_entropy's Triton kernel: on a GPU where there is one, else interpreted, 128 columns at a time."""
 
 import math
 

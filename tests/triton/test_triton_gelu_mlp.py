@@ -11,6 +11,8 @@ from numerics import DTYPES, assert_as_good_as_torch, compare, run
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the infinities that are meant
 
+from cgpt_ext import gelu_mlp, gelu_mlp_ref  # noqa: E402
+from cgpt_ext.dispatch import use  # noqa: E402
 from cgpt_ext.triton import gelu_mlp as kernels  # noqa: E402
 from cgpt_ext.triton.gelu_mlp import gelu_mlp_linear_bwd_triton, gelu_mlp_linear_fwd_triton  # noqa: E402
 
@@ -87,7 +89,8 @@ def test_what_the_kernels_write(M, D, F_, activation, dtype):
         return want_pre, activate(want_pre, activation), want_dpre, want_act, want_dpre.sum(0)
 
     names = ("pre", "act", "dpre", "act again", "db1")
-    for name, got, want, torchs in zip(names, (pre, act, dpre, again, db1), by_torch(torch.float64), by_torch(dtype)):
+    written = (pre, act, dpre, again, db1)
+    for name, got, want, torchs in zip(names, written, by_torch(torch.float64), by_torch(dtype), strict=True):
         assert_as_good_as_torch(got, want, torchs, name)
 
 
@@ -123,6 +126,21 @@ def test_large_and_small_arguments(activation):
     args = (w1, None, w2, activation)
     for pair in x.split(2):
         compare(ours, reference, reference, (pair, *args), torch.ones(2, 8, device=DEVICE))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_whole_op(activation, dtype):
+    x, w1, b1, w2, _ = make(67, 24, 40, activation, dtype)
+    b2, dy = torch.randn(24, device=DEVICE).to(dtype), torch.randn(67, 24, device=DEVICE).to(dtype)
+    with use(gelu_mlp="triton"):
+        compare(gelu_mlp, gelu_mlp_ref, gelu_mlp_ref, (x, w1, b1, w2, b2, activation), dy)
+        y = gelu_mlp(x, w1, None, w2, None, activation)  # keeps nothing for a backward pass
+    assert_as_good_as_torch(
+        y,
+        gelu_mlp_ref(x.double(), w1.double(), None, w2.double(), None, activation),
+        gelu_mlp_ref(x, w1, None, w2, None, activation),
+    )
 
 
 def test_no_rows():

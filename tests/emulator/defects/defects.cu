@@ -6,6 +6,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/vec.cuh"
 
 namespace cgpt {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda_runtime.h"
-#include "vec.cuh"
+#include "types.cuh"
 
 namespace cgpt::cuda {
 
@@ -20,6 +20,8 @@ struct Shared {
 };
 
 CGPT_EMULATED Shared shared_at(const void* p) { return {static_cast<char*>(const_cast<void*>(p))}; }
+
+CGPT_EMULATED void store16(uint4* to, uint4 x) { *to = x; }
 
 CGPT_EMULATED void cp_async16(Shared to, const void* from, bool valid = true) {
     emulator::cp_async(to.address, valid ? from : nullptr, CGPT_PC);
@@ -56,8 +58,8 @@ CGPT_EMULATED float exp2_approx(float x) {
     return y < 0x1p-126f ? 0.0f : y;  // a NaN stays one
 }
 
-template <class T>
-CGPT_EMULATED void recompute(Vec<T>&) {}
+template <class V>
+CGPT_EMULATED void recompute(V&) {}
 
 template <class T>
 CGPT_EMULATED void store_whole(T* to, const Vec<T>& x) {

@@ -65,7 +65,7 @@ struct Launch {
     size_t argument_bytes = 0;
 };
 
-struct Counters {  // of one launch, for those who ask (emulator_counters)
+struct Counters {  // of the launches since the last emulator_seed
     uint64_t mma = 0, ldmatrix = 0, bank_conflicts = 0, copies = 0, barriers = 0;
     uint32_t conflict_pc = 0;
 };

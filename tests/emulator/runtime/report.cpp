@@ -116,7 +116,7 @@ EMULATOR_API const char* emulator_writer(const void* p) {
     return text.c_str();
 }
 
-// mma, ldmatrix, bank conflicts of ldmatrix, asynchronous copies and barriers of the latest launch.
+// mma, ldmatrix, bank conflicts of ldmatrix, asynchronous copies and barriers of the launches since the seed.
 EMULATOR_API void emulator_counters(uint64_t* out) {
     const emulator::Counters& c = emulator::counters;
     out[0] = c.mma, out[1] = c.ldmatrix, out[2] = c.bank_conflicts, out[3] = c.copies, out[4] = c.barriers;

@@ -249,7 +249,6 @@ void together(uint32_t mask, int kind, void* data, uint32_t pc, void (*combine)(
 
 void run(const Launch& asked, void (*kernel)(const void*)) {
     launch = asked;
-    counters = {};
     const uint64_t count = uint64_t(launch.block.x) * launch.block.y * launch.block.z;
     const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
     auto refuse = [&](const std::string& what) { throw std::runtime_error(launch.op + ": " + what); };
@@ -282,4 +281,7 @@ void run(const Launch& asked, void (*kernel)(const void*)) {
 
 }  // namespace emulator
 
-extern "C" __attribute__((visibility("default"))) void emulator_seed(uint64_t value) { emulator::order.seed(value); }
+extern "C" __attribute__((visibility("default"))) void emulator_seed(uint64_t value) {
+    emulator::order.seed(value);
+    emulator::counters = {};
+}
