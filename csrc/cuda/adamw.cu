@@ -44,14 +44,6 @@ struct Math {
     static __device__ __forceinline__ float sqrt(float x) { return __fsqrt_rn(x); }
 };
 
-template <class T>
-__device__ __forceinline__ void store_to(T* p, const Vec<T>& x, int n, bool aligned) {
-    if (aligned && n == kVec)
-        store_whole(p, x);
-    else
-        store_vec(p, x, n, false);
-}
-
 // Where the fp32 weights of eight elements are kept.
 template <class T>
 struct Plain {
@@ -61,7 +53,7 @@ struct Plain {
     __device__ __forceinline__ float get(int k) const { return widen(param.at[k]); }
     __device__ __forceinline__ void set(int k, float x) { param.at[k] = narrow<T>(x); }
     __device__ __forceinline__ void store(const Entry& e, int64_t i, int n, bool aligned) const {
-        store_to(static_cast<T*>(e.param) + i, param, n, aligned);
+        store_vec(static_cast<T*>(e.param) + i, param, n, aligned);
     }
 };
 
@@ -76,8 +68,8 @@ struct Master {
         Vec<T> param;
 #pragma unroll
         for (int k = 0; k < kVec; ++k) param.at[k] = narrow<T>(master.at[k]);
-        store_to(static_cast<float*>(e.rest) + i, master, n, aligned);
-        store_to(static_cast<T*>(e.param) + i, param, n, aligned);
+        store_vec(static_cast<float*>(e.rest) + i, master, n, aligned);
+        store_vec(static_cast<T*>(e.param) + i, param, n, aligned);
     }
 };
 
@@ -95,8 +87,8 @@ struct Split {
         low.at[k] = uint16_t(split_low(bits, nan));
     }
     __device__ __forceinline__ void store(const Entry& e, int64_t i, int n, bool aligned) const {
-        store_to(static_cast<uint16_t*>(e.param) + i, high, n, aligned);
-        store_to(static_cast<uint16_t*>(e.rest) + i, low, n, aligned);
+        store_vec(static_cast<uint16_t*>(e.param) + i, high, n, aligned);
+        store_vec(static_cast<uint16_t*>(e.rest) + i, low, n, aligned);
     }
 };
 
@@ -113,7 +105,7 @@ struct Stochastic {
         param.at[k] = uint16_t(stochastic_round(__float_as_uint(x), x == x ? 0u : ~0u, index + k, keys));
     }
     __device__ __forceinline__ void store(const Entry& e, int64_t i, int n, bool aligned) const {
-        store_to(static_cast<uint16_t*>(e.param) + i, param, n, aligned);
+        store_vec(static_cast<uint16_t*>(e.param) + i, param, n, aligned);
     }
 };
 
@@ -149,8 +141,8 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
             kept.set(k, p);
         }
         kept.store(e, i, n, e.aligned);
-        store_to(e.exp_avg + i, m, n, e.aligned);
-        store_to(e.exp_avg_sq + i, v, n, e.aligned);
+        store_vec(e.exp_avg + i, m, n, e.aligned);
+        store_vec(e.exp_avg_sq + i, v, n, e.aligned);
     }
 }
 

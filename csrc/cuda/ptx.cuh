@@ -127,18 +127,6 @@ __device__ __forceinline__ void recompute(V& x) {
         asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&x)[i]));
 }
 
-// st.global.v4: all of x, `to` aligned to 16 bytes. store_vec means the same, but where it stands in a larger kernel
-// nvcc may take its two branches together and apart again, and then every store is of 4 bytes.
-template <class T>
-__device__ __forceinline__ void store_whole(T* to, const Vec<T>& x) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(&x);
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(x) / 4); i += 4)
-        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint32_t*>(to) + i),
-                     "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
-                     : "memory");
-}
-
 // bar.sync: waits until `threads` threads (whole warps) have come to barrier `id` (1 to 15; 0 is __syncthreads').
 __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

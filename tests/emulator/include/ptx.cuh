@@ -61,11 +61,6 @@ CGPT_EMULATED float exp2_approx(float x) {
 template <class V>
 CGPT_EMULATED void recompute(V&) {}
 
-template <class T>
-CGPT_EMULATED void store_whole(T* to, const Vec<T>& x) {
-    store_vec(to, x, kVec, true);
-}
-
 CGPT_EMULATED void named_barrier(int id, int threads) { emulator::wait_at_barrier(id, threads, CGPT_PC); }
 
 }  // namespace cgpt::cuda
