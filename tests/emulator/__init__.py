@@ -10,6 +10,7 @@ import ctypes
 import importlib.machinery
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -100,6 +101,8 @@ class Device:
             getattr(self.library, name).restype = ctypes.c_char_p
         self.library.emulator_writer.argtypes = [ctypes.c_void_p]
         self.library.emulator_add_tensor.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self.library.emulator_launched.argtypes = [ctypes.POINTER(ctypes.c_uint32), ctypes.c_size_t]
+        self.library.emulator_launched.restype = ctypes.c_size_t
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
 
     def seed(self, value: int) -> None:
@@ -118,6 +121,18 @@ class Device:
     def conflict(self) -> str:
         """Where an ldmatrix found banks busy, or ''."""
         return self.library.emulator_conflict().decode()
+
+    def kernels(self) -> dict[str, bool]:
+        """Every kernel that the library holds, template arguments and all, and whether it has run to its end."""
+        table = subprocess.run(["nm", "-C", str(self.path)], capture_output=True, text=True, check=True).stdout
+        offsets = (ctypes.c_uint32 * 4096)()
+        ran = set(offsets[: self.library.emulator_launched(offsets, len(offsets))])
+        found = {}
+        for line in table.splitlines():  # lambdas and pieces that the compiler split off are no kernels
+            line = re.sub(r"\(anonymous namespace\)::|cgpt::|cuda::", "", line)
+            if (kernel := re.match(r"(\w+) t (?:void )?(\w+_kernel(?:<.*?>)?)\([^)]*\)$", line)) is not None:
+                found[kernel[2]] = int(kernel[1], 16) in ran
+        return found
 
     def writer(self, tensor, *index: int) -> str:
         """Who wrote this element in the latest launches: file, line, block and thread; '' where nobody did."""

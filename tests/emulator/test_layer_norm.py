@@ -20,6 +20,14 @@ def test_values_and_gradients(shape, dtype):
         compare(layer_norm, layer_norm_ref, torch_layer_norm, (x, weight, bias, 1e-5, residual), (dy, dh))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 520), (3, 1090), (5, 4136), (2, 8200)])
+def test_fp32_weights(shape, dtype):
+    x, _, weight, bias, dy, _ = make(shape, dtype, torch.float32)
+    with emulated():
+        compare(layer_norm, layer_norm_ref, torch_layer_norm, (x, weight, bias), dy)
+
+
 @pytest.mark.parametrize("shape", [(64, 40), (3, 1090), (2, 8200)])
 def test_bits_do_not_depend_on_the_order_of_threads(shape):
     x, _, weight, bias, dy, _ = make(shape, torch.bfloat16, torch.float32)

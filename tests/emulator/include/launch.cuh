@@ -1,8 +1,6 @@
 // csrc/cuda/launch.cuh on a CPU: the launch runs to its end in this call.
 #pragma once
 
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
 #include "cuda_runtime.h"
@@ -13,16 +11,12 @@ void* current_stream(int device_id);
 
 namespace cuda {
 
-inline void check(const char* op, cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(op);
-}
-
 class DeviceGuard {
   public:
     DeviceGuard(const char*, int) {}
 };
 
-inline int multiprocessors(const char*, int) { return emulator::device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int multiprocessors(const char*, int) { return emulator::multiprocessors(); }
 
 template <class... Params>
 struct Call {
@@ -39,6 +33,7 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, si
             const Args&... args) {
     const Call<Params...> call = {kernel, {args...}};
     emulator::run({op,
+                   reinterpret_cast<const void*>(kernel),
                    {grid.x, grid.y, grid.z},
                    {block.x, block.y, block.z},
                    shared_bytes,

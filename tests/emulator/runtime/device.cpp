@@ -9,19 +9,6 @@ dim3 block_size() { return {launch.block.x, launch.block.y, launch.block.z}; }
 dim3 grid_size() { return {launch.grid.x, launch.grid.y, launch.grid.z}; }
 char* shared_base() { return shared; }
 const void* here() { return __builtin_return_address(0); }
-
-int device_attribute(cudaDeviceAttr attribute) {
-    switch (attribute) {
-        case cudaDevAttrMultiProcessorCount:
-            return 3;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            return 163 * 1024;
-        case cudaDevAttrComputeCapabilityMajor:
-            return 8;
-        case cudaDevAttrComputeCapabilityMinor:
-            return 0;
-    }
-    return 0;
-}
+int multiprocessors() { return 3; }
 
 }  // namespace emulator

@@ -44,7 +44,6 @@ struct Thread {
     State state = State::done;
     uint32_t waits_at = 0;  // pc
     Clocks clocks;
-    std::vector<std::pair<uint32_t, std::shared_ptr<Clocks>>> other_blocks;  // known through atomics
     std::vector<Copy> copies;
     int group = 0;  // of the next cp.async
     char* stack = nullptr;
@@ -59,6 +58,7 @@ struct Collective {  // one instruction that the lanes of `mask` execute togethe
 
 struct Launch {
     std::string op;
+    const void* kernel = nullptr;
     Index grid, block;
     size_t shared_bytes = 0;
     const char* arguments = nullptr;  // the kernel and its arguments, which the threads may read
@@ -102,7 +102,8 @@ void land(const Copy& copy);
 std::string writer_of(const void* p);
 
 // warp.cpp: what the stand-ins call
-uint64_t shuffle(uint32_t mask, uint64_t value, int operand, int width, int mode, uint32_t pc);  // mode "idx udx bfly"
+// Value of the lane whose number differs in the bits of `lanes`, within groups of `width`.
+uint64_t shuffle_xor(uint32_t mask, uint64_t value, int lanes, int width, uint32_t pc);
 uint32_t vote(uint32_t mask, bool value, uint32_t pc);
 void sync_warp(uint32_t mask, uint32_t pc);
 void ldmatrix(uint32_t* registers, const void* row, int count, bool transposed, uint32_t pc);
@@ -110,7 +111,6 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, bool bf16, uint32_t pc)
 void cp_async(void* to, const void* from, uint32_t pc);
 void cp_async_commit();
 void cp_async_wait(int groups);
-void atomic(const void* p, size_t bytes, uint32_t pc);  // orders what this thread did and will do; then do it
 
 char* shared_base();
 

@@ -1,6 +1,6 @@
 // What a kernel's loads and stores are held to. Every two bytes of shared and global memory have a cell: who wrote them
 // last, and up to three who have read them since. An access is a race with an earlier one of another thread, one of
-// them a write, that no barrier (or atomic) orders before it: happens-before by vector clocks (Flanagan & Freund 2009,
+// them a write, that no barrier orders before it: happens-before by vector clocks (Flanagan & Freund 2009,
 // FastTrack). Shared memory is allotted to the byte, holds NaNs when a block starts, and may not be read unwritten. The
 // bytes of an asynchronous copy may not be touched from its start until its thread has waited for it.
 //
@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <unordered_map>
 
 #include "emulator.h"
@@ -99,8 +100,6 @@ bool before_me(const Moment& m) {
     if (m.clock == 0 || m.thread == current->number) return true;
     const uint32_t block = m.thread / kMaxThreads, id = m.thread % kMaxThreads;
     if (block == current->number / kMaxThreads) return current->clocks[id] >= m.clock;
-    for (const auto& [other, clocks] : current->other_blocks)
-        if (other == block && (*clocks)[id] >= m.clock) return true;
     return false;
 }
 

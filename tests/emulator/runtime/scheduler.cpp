@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <stdexcept>
 
 #include "emulator.h"
@@ -40,6 +41,7 @@ std::map<int, std::vector<Collective>> collectives;  // by warp
 int alive = 0, size = 0;
 std::mt19937_64 order;
 std::string failure;
+std::set<uint32_t> launched;  // kernels that have run to their end
 
 void leave() {
     if (!_setjmp(fibres[current->id].point)) _longjmp(scheduler, 1);
@@ -126,7 +128,6 @@ void run_block(uint32_t first_number) {
         t.index = {i % launch.block.x, i / launch.block.x % launch.block.y, i / (launch.block.x * launch.block.y)};
         t.clocks.assign(size, 0);
         t.clocks[i] = 1;
-        t.other_blocks.clear();
         t.copies.clear();
         t.group = 0;
         wake(&t);
@@ -173,18 +174,11 @@ std::string who(uint32_t number) {
 
 void join(const std::vector<Thread*>& all) {
     Clocks known(size, 0);
-    bool others = false;
-    for (const Thread* t : all) {
+    for (const Thread* t : all)
         for (int i = 0; i < size; ++i) known[i] = std::max(known[i], t->clocks[i]);
-        others = others || !t->other_blocks.empty();
-    }
-    std::vector<std::pair<uint32_t, std::shared_ptr<Clocks>>> blocks;
-    if (others)
-        for (const Thread* t : all) blocks.insert(blocks.end(), t->other_blocks.begin(), t->other_blocks.end());
     for (Thread* t : all) {
         t->clocks = known;
         ++t->clocks[t->id];
-        if (others) t->other_blocks = blocks;
     }
 }
 
@@ -277,6 +271,7 @@ void run(const Launch& asked, void (*kernel)(const void*)) {
         for (Fibre& fibre : fibres) fibre.started = false;  // their stacks are left as they are
         refuse(std::exchange(failure, {}));
     }
+    launched.insert(offset(launch.kernel));
 }
 
 }  // namespace emulator
@@ -284,4 +279,11 @@ void run(const Launch& asked, void (*kernel)(const void*)) {
 extern "C" __attribute__((visibility("default"))) void emulator_seed(uint64_t value) {
     emulator::order.seed(value);
     emulator::counters = {};
+}
+
+// The offsets in this module of all kernels that have run, up to `room` of them; returns how many there are.
+extern "C" __attribute__((visibility("default"))) size_t emulator_launched(uint32_t* out, size_t room) {
+    for (const uint32_t kernel : emulator::launched)
+        if (room-- > 0) *out++ = kernel;
+    return emulator::launched.size();
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <map>
 #include <set>
 
 #include "emulator.h"
@@ -16,23 +15,17 @@ enum Kind { kShuffle, kVote, kSync, kMatrix, kProduct };
 
 struct Shuffle {
     uint64_t value, result;
-    int operand, width, mode;
+    int lanes, width;
     uint32_t pc;
 };
 
-// Modes 0 to 3: idx, up, down, xor.
 void shuffle_all(void* const* data, uint32_t mask) {
     for (int lane = 0; lane < 32; ++lane) {
         if (!(mask >> lane & 1)) continue;
         Shuffle& s = *static_cast<Shuffle*>(data[lane]);
-        const int first = lane / s.width * s.width, place = lane - first;
-        int from = s.mode == 0   ? first + (s.operand & (s.width - 1))
-                   : s.mode == 1 ? lane - s.operand
-                   : s.mode == 2 ? lane + s.operand
-                                 : first + (place ^ s.operand);
-        if (from < first || from >= first + s.width) from = lane;
-        if (!(mask >> from & 1))
-            fault("shuffle from lane " + std::to_string(from) + ", which the mask leaves out", s.pc);
+        const int from = lane ^ s.lanes;
+        if (from / s.width != lane / s.width || !(mask >> from & 1))
+            fault("shuffle from lane " + std::to_string(from) + ", which the mask or the width leaves out", s.pc);
         s.result = static_cast<Shuffle*>(data[from])->value;
     }
 }
@@ -125,13 +118,10 @@ void multiply(void* const* data, uint32_t) {
     ++counters.mma;
 }
 
-// What threads have released at an address by atomics, block by block.
-std::map<const void*, std::map<uint32_t, std::shared_ptr<Clocks>>> released;
-
 }  // namespace
 
-uint64_t shuffle(uint32_t mask, uint64_t value, int operand, int width, int mode, uint32_t pc) {
-    Shuffle s = {value, 0, operand, width, mode, pc};
+uint64_t shuffle_xor(uint32_t mask, uint64_t value, int lanes, int width, uint32_t pc) {
+    Shuffle s = {value, 0, lanes, width, pc};
     together(mask, kShuffle, &s, pc, shuffle_all);
     return s.result;
 }
@@ -175,21 +165,6 @@ void cp_async_wait(int groups) {
             later.push_back(copy);
     }
     current->copies = later;
-}
-
-void atomic(const void* p, size_t bytes, uint32_t pc) {
-    (void)bytes;
-    const uint32_t mine = current->number / kMaxThreads;
-    auto& here = released[p];
-    for (const auto& [block, clocks] : here) {
-        if (block == mine)
-            for (size_t i = 0; i < clocks->size(); ++i) current->clocks[i] = std::max(current->clocks[i], (*clocks)[i]);
-        else
-            current->other_blocks.emplace_back(block, clocks);
-    }
-    here[mine] = std::make_shared<Clocks>(current->clocks);
-    ++current->clocks[current->id];
-    (void)pc;
 }
 
 }  // namespace emulator
