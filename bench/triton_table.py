@@ -6,7 +6,7 @@
 
 A row is {kernel, arch, registers, spills, shared}: registers a thread, bytes a thread of local memory (no kernel here
 has any but what is spilled), bytes of shared memory a block. A kernel's name carries what it was specialised for.
-The numbers are one Triton release's: with another they are not compared, only held to having no spills.
+The numbers, spills included, are one Triton release's, which .ci/run installs: with another they are shown and not judged.
 """
 
 import argparse
@@ -248,11 +248,12 @@ def main(argv=None) -> int:
     found = problems(rows)
     if options.check:
         committed = read_table()
-        found += not_covered(committed["kernels"])
         if committed["triton"] == triton.__version__:
             found += differences(committed["kernels"], rows)
         else:
-            print(f"Triton is {triton.__version__}, the committed table's {committed['triton']}: numbers not compared")
+            print(f"Triton is {triton.__version__}, the committed table's {committed['triton']}: numbers not judged")
+            found = []
+        found += not_covered(committed["kernels"])
     for line in found:
         print(line)
     return 1 if found else 0
