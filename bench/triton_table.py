@@ -6,7 +6,7 @@
 
 A row is {kernel, arch, registers, spills, shared}: registers a thread, bytes a thread of local memory (no kernel here
 has any but what is spilled), bytes of shared memory a block. A kernel's name carries what it was specialised for.
-The numbers, spills included, are one Triton release's, which .ci/run installs: with another they are shown and not judged.
+The numbers, spills included, are one Triton release's, which .ci/run installs: another's are shown and not judged.
 """
 
 import argparse
