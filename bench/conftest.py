@@ -1,7 +1,7 @@
 """How every op is measured: against its peers, interleaved round by round in one process, medians compared.
 
 pytest bench -o addopts= --benchmark-only                     prints the tables
-pytest bench -o addopts= --benchmark-only --save-results      also writes bench/results/<device>/ops.json
+pytest bench -o addopts= --benchmark-only --save-results      also writes bench/results/<device>/<op>.json
 """
 
 import statistics
@@ -12,15 +12,17 @@ import pytest
 from cgpt.train import keep_large_buffers
 from record import device_name, save
 
-ROWS = pytest.StashKey[list]()
+ROWS = pytest.StashKey[dict]()  # op -> its rows
 
 
 def pytest_addoption(parser):
-    parser.addoption("--save-results", action="store_true", help="write bench/results/<device>/ops.json")
+    parser.addoption(
+        "--save-results", action="store_true", help="write bench/results/<device>/<op>.json for each bench that ran"
+    )
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[ROWS] = {}
     keep_large_buffers()
 
 
@@ -53,7 +55,8 @@ def versus(benchmark, request):
         if bytes:
             row["gigabytes_per_second"] = bytes / row["seconds"] / 1e9
         benchmark.extra_info.update(row)
-        request.config.stash[ROWS].append(row)
+        op = request.path.stem.removeprefix("bench_")
+        request.config.stash[ROWS].setdefault(op, []).append(row)
 
     return measure
 
@@ -65,11 +68,11 @@ def timed(call):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if not rows:
+    ops = config.stash[ROWS]
+    if not ops:
         return
     terminalreporter.section(f"ours against the best peer, {device_name()}")
-    for row in rows:
+    for row in (row for rows in ops.values() for row in rows):
         peer = min(row["peers"], key=row["peers"].get)
         rate = "".join(
             f"{row[k]:9.1f} {u}" for k, u in (("gflops", "GFLOP/s"), ("gigabytes_per_second", "GB/s")) if k in row
@@ -79,4 +82,5 @@ def pytest_terminal_summary(terminalreporter, config):
             f"  {row['ratio']:6.2f} x {rate}"
         )
     if config.getoption("--save-results"):
-        terminalreporter.write_line(f"wrote {save('ops', {'rows': rows})}")
+        for op, rows in ops.items():
+            terminalreporter.write_line(f"wrote {save(op, {'rows': rows})}")
