@@ -116,13 +116,12 @@ void gelu_mlp_check(const View& x, const View& w1, const std::optional<View>& b1
     if (b2) check_bias("b2", *b2, x, width);
 }
 
-void gelu_mlp_fwd(const View& pre, const std::optional<View>& bias, const View& act, const std::string& activation) {
+void gelu_mlp_fwd(const View& pre, const View& act, const std::string& activation) {
     const Activation f = activation_of(activation);
     check_matrix("pre", pre);
     const int64_t rows = pre.size[0], hidden = hidden_of(pre, f);
-    if (bias) check_bias("bias", *bias, pre, pre.size[1]);
     check_output("act", act, pre, rows, hidden);
-    const GeluMlpFwdArgs args = {pre.data, data_or_null<void>(bias), act.data, rows, hidden, pre.dtype, f};
+    const GeluMlpFwdArgs args = {pre.data, act.data, rows, hidden, pre.dtype, f};
 #if defined(CGPT_CUDA)
     if (pre.device == Device::cuda) return gelu_mlp_fwd_cuda(args, pre.device_id);
 #endif
@@ -130,19 +129,17 @@ void gelu_mlp_fwd(const View& pre, const std::optional<View>& bias, const View& 
     gelu_mlp_fwd_cpu(args);
 }
 
-void gelu_mlp_bwd(const View& pre, const std::optional<View>& bias, const View& dact, const View& act, const View& dpre,
+void gelu_mlp_bwd(const View& pre, const View& dact, const View& act, const View& dpre,
                   const std::optional<View>& dbias, const std::optional<View>& partials,
                   const std::string& activation) {
     const Activation f = activation_of(activation);
     check_matrix("pre", pre);
     const int64_t rows = pre.size[0], width = pre.size[1], hidden = hidden_of(pre, f);
-    if (bias) check_bias("bias", *bias, pre, width);
     check_output("dact", dact, pre, rows, hidden);
     check_output("act", act, pre, rows, hidden);
     check_output("dpre", dpre, pre, rows, width);
     if (dbias) check_bias("dbias", *dbias, pre, width);
     const GeluMlpBwdArgs args = {pre.data,
-                                 data_or_null<void>(bias),
                                  dact.data,
                                  act.data,
                                  dpre.data,

@@ -19,18 +19,18 @@ enum class Activation : uint8_t { gelu, gelu_tanh, swiglu };
 inline constexpr int kPartialRows = 32;
 
 struct GeluMlpFwdArgs {
-    const void *pre, *bias;  // bias may be null
-    void* act;               // may be pre, but for SwiGLU
-    int64_t rows, cols;      // of act
+    const void* pre;
+    void* act;           // may be pre, but for SwiGLU
+    int64_t rows, cols;  // of act
     DType dtype;
     Activation activation;
 };
 
 struct GeluMlpBwdArgs {
-    const void *pre, *bias, *dact;  // bias may be null
-    void *act, *dpre, *dbias;       // dpre may be dact, but for SwiGLU; dbias may be null
-    float* partials;                // on a GPU, where dbias is not null
-    int64_t rows, cols;             // of act
+    const void *pre, *dact;
+    void *act, *dpre, *dbias;  // dpre may be dact, but for SwiGLU; dbias may be null
+    float* partials;           // on a GPU, where dbias is not null
+    int64_t rows, cols;        // of act
     DType dtype;
     Activation activation;
 };
@@ -96,9 +96,9 @@ struct LtWorkspace {
 void gelu_mlp_check(const View& x, const View& w1, const std::optional<View>& b1, const View& w2,
                     const std::optional<View>& b2, const std::string& activation);
 
-void gelu_mlp_fwd(const View& pre, const std::optional<View>& bias, const View& act, const std::string& activation);
+void gelu_mlp_fwd(const View& pre, const View& act, const std::string& activation);
 
-void gelu_mlp_bwd(const View& pre, const std::optional<View>& bias, const View& dact, const View& act, const View& dpre,
+void gelu_mlp_bwd(const View& pre, const View& dact, const View& act, const View& dpre,
                   const std::optional<View>& dbias, const std::optional<View>& partials, const std::string& activation);
 
 void gelu_mlp_bias_grad(const View& dout, const View& dbias, const std::optional<View>& partials);

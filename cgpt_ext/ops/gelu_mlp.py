@@ -8,7 +8,7 @@ arXiv 2002.05202).
     dact = dout w2,  dz = dact * act'(z)
     dx = dz w1,  dw1 = dz^T x,  db1 = sum of dz,  dw2 = dout^T act,  db2 = sum of dout
 
-z is saved (on a CPU without its bias); act is recomputed in the backward pass, along with dz and db1. Each weight's
+z is saved; act is recomputed in the backward pass, along with dz and db1. Each weight's
 gradient has that weight's strides, so a transposed view of a (in, out) parameter gets its gradient without a copy.
 
 On a CPU the matrix products are torch's (oneDNN), and what stands between them is native. On a GPU the product with z
@@ -163,11 +163,10 @@ class _Torch:
 
     @staticmethod
     def linear_fwd(x, w1, b1, activation, save_pre):
-        """(pre, act); pre is without its bias on a CPU, where oneDNN would take a pass of its own to add it."""
-        gpu = on_gpu(x)
-        pre = _Torch.product(x, w1, b1 if gpu else None)
+        """(pre, act)"""
+        pre = _Torch.product(x, w1, b1)
         act = _hidden(pre, activation) if save_pre or activation == "swiglu" else pre
-        _native.gelu_mlp_fwd(pre, None if gpu else b1, act, activation)
+        _native.gelu_mlp_fwd(pre, act, activation)
         return pre, act
 
     @staticmethod
@@ -176,7 +175,7 @@ class _Torch:
         dact = torch.mm(dout, w2)
         act, dpre = torch.empty_like(dact), torch.empty_like(pre) if activation == "swiglu" else dact
         partials = None if db1 is None else _partials(pre, pre.shape[1])
-        _native.gelu_mlp_bwd(pre, None if on_gpu(pre) else b1, dact, act, dpre, db1, partials, activation)
+        _native.gelu_mlp_bwd(pre, dact, act, dpre, db1, partials, activation)
         return dpre, act
 
 
@@ -220,7 +219,7 @@ class _CublasLt(_Torch):
             return _Torch.linear_bwd(dout, w2, b1, pre, db1, activation)
         dpre, act = torch.empty_like(pre), torch.empty_like(pre)
         _native.gelu_mlp_cublaslt_bwd(dout, _lines(w2), pre, dpre, db1, _workspace(pre), _cublaslt_library())
-        _native.gelu_mlp_fwd(pre, None, act, activation)
+        _native.gelu_mlp_fwd(pre, act, activation)
         return dpre, act
 
 

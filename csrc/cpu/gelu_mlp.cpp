@@ -1,7 +1,6 @@
-// GELU or SwiGLU with its bias between two matrix products, forward and backward (Hendrycks & Gimpel 2016,
+// GELU or SwiGLU between two matrix products, forward and backward (Hendrycks & Gimpel 2016,
 // arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202).
 //
-//   z = pre + bias
 //   act = z Phi(z)                                                  "gelu"
 //   act = z s,  s = (1 + tanh(c z (1 + a z^2))) / 2                 "gelu_tanh", c = sqrt(2 / pi), a = 0.044715
 //
@@ -12,14 +11,13 @@
 // e^-g);
 //   dg = dact u silu'(g),  du = dact silu(g),  silu' = s + g s (1 - s)
 //
-// pre is the product as the matrix engine rounded it; adding the bias here in fp32 rounds once less and saves the
-// engine a pass. Column sums are taken per block of rows, then over the blocks in order: the blocks depend on the
-// shape alone, so the bits do not depend on the thread count.
+// z is pre, the product with its bias added before it is rounded: what the two cancel is not lost. Column sums are
+// taken per block of rows, then over the blocks in order: the blocks depend on the shape alone, so the bits do not
+// depend on the thread count.
 #include "../gelu_mlp.h"
 
 #include <algorithm>
 #include <memory>
-#include <vector>
 
 #include "math.h"
 #include "threads.h"
@@ -50,27 +48,17 @@ CGPT_INLINE Activated activate(vf z) {
     }
 }
 
-// The bias in fp32, zeros where there is none: a block of rows pays for it once.
-template <class T>
-std::vector<float> wide_bias(const void* bias, int64_t width) {
-    std::vector<float> wide(width);
-    if (bias)
-        for_lanes(width, [&](int64_t i, auto n) { put(wide.data() + i, get(static_cast<const T*>(bias) + i, n), n); });
-    return wide;
-}
-
 template <class T, Activation kActivation>
 void forward_rows(const GeluMlpFwdArgs& a, int64_t begin, int64_t end) {
     constexpr bool swiglu = kActivation == Activation::swiglu;
     const int64_t width = swiglu ? 2 * a.cols : a.cols;
-    const std::vector<float> bias = wide_bias<T>(a.bias, width);
     for (int64_t r = begin; r < end; ++r) {
         const T* pre = static_cast<const T*>(a.pre) + r * width;
         T* act = static_cast<T*>(a.act) + r * a.cols;
         for_lanes(a.cols, [&](int64_t i, auto n) {
-            const vf z = get(pre + i, n) + get(bias.data() + i, n);
+            const vf z = get(pre + i, n);
             vf y = z * activate<kActivation>(z).share;
-            if constexpr (swiglu) y *= get(pre + a.cols + i, n) + get(bias.data() + a.cols + i, n);
+            if constexpr (swiglu) y *= get(pre + a.cols + i, n);
             put(act + i, y, n);
         });
     }
@@ -81,7 +69,6 @@ template <class T, Activation kActivation>
 void backward_rows(const GeluMlpBwdArgs& a, int64_t begin, int64_t end, float* partial) {
     constexpr bool swiglu = kActivation == Activation::swiglu;
     const int64_t width = swiglu ? 2 * a.cols : a.cols;
-    const std::vector<float> bias = wide_bias<T>(a.bias, width);
     std::fill(partial, partial + width, 0.0f);
     for (int64_t r = begin; r < end; ++r) {
         const T* pre = static_cast<const T*>(a.pre) + r * width;
@@ -89,12 +76,12 @@ void backward_rows(const GeluMlpBwdArgs& a, int64_t begin, int64_t end, float* p
         T* act = static_cast<T*>(a.act) + r * a.cols;
         T* dpre = static_cast<T*>(a.dpre) + r * width;
         for_lanes(a.cols, [&](int64_t i, auto n) {
-            const vf z = get(pre + i, n) + get(bias.data() + i, n), g = get(dact + i, n);
+            const vf z = get(pre + i, n), g = get(dact + i, n);
             const Activated f = activate<kActivation>(z);
             vf y = z * f.share, d = g * f.slope;
             if constexpr (swiglu) {
                 const int64_t j = a.cols + i;
-                const vf up = get(pre + j, n) + get(bias.data() + j, n), d_up = g * y;
+                const vf up = get(pre + j, n), d_up = g * y;
                 y *= up;
                 d *= up;
                 put(dpre + j, d_up, n);

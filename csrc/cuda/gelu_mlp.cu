@@ -1,5 +1,5 @@
-// What stands between torch's matrix products on a GPU: bias and activation, their backward pass with the bias
-// gradient, and a bias gradient alone, in bf16, fp16 and fp32. csrc/cpu/gelu_mlp.cpp states the formulas.
+// What stands between torch's matrix products on a GPU: the activation, its backward pass with the bias gradient,
+// and a bias gradient alone, in bf16, fp16 and fp32. csrc/cpu/gelu_mlp.cpp states the formulas.
 //
 //   pre (rows, F), or (rows, 2 F) for SwiGLU; act, dact (rows, F); dpre like pre
 //
@@ -21,17 +21,6 @@ using namespace cuda;
 constexpr const char* kOp = "gelu_mlp";
 constexpr int kThreads = 128;
 
-// Bias columns in fp32, zeros where there is none.
-template <class T>
-__device__ __forceinline__ Vec<float> load_bias(const void* bias, int64_t col, int n, bool aligned) {
-    Vec<float> wide = {};
-    if (bias == nullptr) return wide;
-    const Vec<T> x = load_vec(static_cast<const T*>(bias) + col, n, aligned);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) wide.at[k] = widen(x.at[k]);
-    return wide;
-}
-
 template <class T, Activation kActivation>
 __global__ void __launch_bounds__(kThreads) gelu_mlp_fwd_kernel(GeluMlpFwdArgs a, bool aligned) {
     constexpr bool swiglu = kActivation == Activation::swiglu;
@@ -39,9 +28,6 @@ __global__ void __launch_bounds__(kThreads) gelu_mlp_fwd_kernel(GeluMlpFwdArgs a
     if (col >= a.cols) return;
     const int n = int(min(int64_t(kVec), a.cols - col));
     const int64_t width = swiglu ? 2 * a.cols : a.cols;
-    const Vec<float> bias = load_bias<T>(a.bias, col, n, aligned);
-    Vec<float> bias_up = {};
-    if constexpr (swiglu) bias_up = load_bias<T>(a.bias, a.cols + col, n, aligned);
     for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
         const T* pre = static_cast<const T*>(a.pre) + row * width + col;
         const Vec<T> x = load_vec(pre, n, aligned);
@@ -49,9 +35,9 @@ __global__ void __launch_bounds__(kThreads) gelu_mlp_fwd_kernel(GeluMlpFwdArgs a
         if constexpr (swiglu) up = load_vec(pre + a.cols, n, aligned);
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {
-            const float z = widen(x.at[k]) + bias.at[k];
+            const float z = widen(x.at[k]);
             float y = z * activate<kActivation>(z).share;
-            if constexpr (swiglu) y *= widen(up.at[k]) + bias_up.at[k];
+            if constexpr (swiglu) y *= widen(up.at[k]);
             act.at[k] = narrow<T>(y);
         }
         store_vec(static_cast<T*>(a.act) + row * a.cols + col, act, n, aligned);
@@ -70,9 +56,7 @@ __global__ void __launch_bounds__(kThreads) gelu_mlp_bwd_kernel(GeluMlpBwdArgs a
     if (col >= a.cols) return;
     const int n = int(min(int64_t(kVec), a.cols - col));
     const int64_t width = swiglu ? 2 * a.cols : a.cols;
-    const Vec<float> bias = load_bias<T>(a.bias, col, n, aligned);
-    Vec<float> bias_up = {}, sum = {}, sum_up = {};
-    if constexpr (swiglu) bias_up = load_bias<T>(a.bias, a.cols + col, n, aligned);
+    Vec<float> sum = {}, sum_up = {};
 
     auto load_row = [&](int64_t row) {
         const T* pre = static_cast<const T*>(a.pre) + row * width + col;
@@ -90,11 +74,11 @@ __global__ void __launch_bounds__(kThreads) gelu_mlp_bwd_kernel(GeluMlpBwdArgs a
             Vec<T> act, dpre, dup = {};
 #pragma unroll
             for (int k = 0; k < kVec; ++k) {
-                const float z = widen(x.pre.at[k]) + bias.at[k];
+                const float z = widen(x.pre.at[k]);
                 const Activated f = activate<kActivation>(z);
                 float y = z * f.share, d = widen(x.dact.at[k]) * f.slope;
                 if constexpr (swiglu) {
-                    const float up = widen(x.up.at[k]) + bias_up.at[k], d_up = widen(x.dact.at[k]) * y;
+                    const float up = widen(x.up.at[k]), d_up = widen(x.dact.at[k]) * y;
                     y *= up;
                     d *= up;
                     sum_up.at[k] += d_up;
@@ -167,7 +151,7 @@ void with_kinds(DType dtype, Activation activation, F&& f) {
 void gelu_mlp_fwd_cuda(const GeluMlpFwdArgs& a, int device_id) {
     if (a.rows == 0) return;
     const DeviceGuard guard(kOp, device_id);
-    const bool aligned = all_aligned(a.cols, {a.pre, a.bias, a.act});
+    const bool aligned = all_aligned(a.cols, {a.pre, a.act});
     with_kinds(a.dtype, a.activation, [&](auto type, auto activation) {
         launch(kOp, gelu_mlp_fwd_kernel<decltype(type), decltype(activation)::value>, grid_of(a.rows, a.cols),
                dim3(kThreads), 0, current_stream(device_id), a, aligned);
@@ -176,7 +160,7 @@ void gelu_mlp_fwd_cuda(const GeluMlpFwdArgs& a, int device_id) {
 
 void gelu_mlp_bwd_cuda(const GeluMlpBwdArgs& a, int device_id) {
     const DeviceGuard guard(kOp, device_id);
-    const bool aligned = all_aligned(a.cols, {a.pre, a.bias, a.dact, a.act, a.dpre, a.partials});
+    const bool aligned = all_aligned(a.cols, {a.pre, a.dact, a.act, a.dpre, a.partials});
     if (a.rows != 0)
         with_kinds(a.dtype, a.activation, [&](auto type, auto activation) {
             launch(kOp, gelu_mlp_bwd_kernel<decltype(type), decltype(activation)::value>,

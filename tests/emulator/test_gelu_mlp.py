@@ -10,7 +10,7 @@ from cgpt_ext import gelu_mlp, gelu_mlp_ref
 from cgpt_ext.dispatch import use
 from emulator import emulated, native
 from numerics import DTYPES, assert_as_good_as_torch, compare, error, run
-from test_gelu_mlp import ACTIVATIONS, make, torch_gelu_mlp  # tests/ops/test_gelu_mlp.py
+from test_gelu_mlp import ACTIVATIONS, check_one_element, make, torch_gelu_mlp  # tests/ops/test_gelu_mlp.py
 
 HALVES = [torch.bfloat16, torch.float16]
 # One more than a tile each way, and two stages and a quarter deep.
@@ -144,16 +144,16 @@ def test_without_what_is_not_asked_for():
 def test_between_torchs_products(shape, dtype, activation):
     rows, cols = shape
     width = 2 * cols if activation == "swiglu" else cols
-    pre, bias, dact = matrix(rows, width, dtype), matrix(1, width, dtype)[0], matrix(rows, cols, dtype)
+    pre, dact = matrix(rows, width, dtype), matrix(rows, cols, dtype)
     act, again, dpre = torch.empty_like(dact), torch.empty_like(dact), torch.empty_like(pre)
-    db1, summed = torch.empty_like(bias), torch.empty_like(bias)
+    db1, summed = pre.new_empty(width), pre.new_empty(width)
     with emulated(1):
-        native().gelu_mlp_fwd(pre, bias, act, activation)
-        native().gelu_mlp_bwd(pre, bias, dact, again, dpre, db1, partials(rows, width), activation)
+        native().gelu_mlp_fwd(pre, act, activation)
+        native().gelu_mlp_bwd(pre, dact, again, dpre, db1, partials(rows, width), activation)
         native().gelu_mlp_bias_grad(pre, summed, partials(rows, width))
 
     def both(t):
-        z = (pre.to(t) + bias.to(t)).requires_grad_()
+        z = pre.to(t).requires_grad_()
         a = activated(z, activation)
         a.backward(dact.to(t))
         return a, a, z.grad, z.grad.sum(0), pre.to(t).sum(0)
@@ -171,11 +171,11 @@ def test_in_place_and_off_alignment():
         dact.double() * torch.func.vmap(torch.func.vmap(torch.func.grad(F.gelu)))(pre.double()),
     )
     with emulated():
-        native().gelu_mlp_bwd(pre, None, dact, act, dact, None, None, "gelu")
+        native().gelu_mlp_bwd(pre, dact, act, dact, None, None, "gelu")
     assert error(act, want[0]) < 2e-6
     assert error(dact, want[1]) < 2e-6
     with emulated():
-        native().gelu_mlp_fwd(pre, None, pre, "gelu")
+        native().gelu_mlp_fwd(pre, pre, "gelu")
     assert torch.equal(pre, act)
 
 
@@ -185,7 +185,7 @@ def test_far_out(activation):
     pre = torch.cat([z, torch.ones_like(z)], 1) if activation == "swiglu" else z
     act, dpre = torch.empty_like(z), torch.empty_like(pre)
     with emulated():
-        native().gelu_mlp_bwd(pre, None, torch.ones_like(z), act, dpre, None, None, activation)
+        native().gelu_mlp_bwd(pre, torch.ones_like(z), act, dpre, None, None, activation)
     finite = [1, 2, 3, 5, 6, 7] if activation == "swiglu" else list(range(8))  # silu(-13.5) is not 0 yet
     assert torch.equal(act[:, finite], z[:, finite].clamp(min=0))
     assert torch.equal(dpre[:, finite], (z[:, finite] > 0).float())
@@ -214,6 +214,13 @@ def test_whole_op_by_torchs_products(shape, hidden, dtype, activation):
     inputs, dy = make(shape, hidden, dtype, activation=activation)
     with emulated(), use(gelu_mlp="cublas"):
         compare(gelu_mlp, gelu_mlp_ref, torch_gelu_mlp, (*inputs, activation), dy)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_element(dtype, activation):
+    with emulated(), use(gelu_mlp="cublas"):
+        check_one_element(dtype, activation)
 
 
 @pytest.mark.parametrize("implementation", ["native", "cublas"])
