@@ -1,18 +1,33 @@
-"""Where each layer's weights and optimizer state live; so far, all on the device."""
+"""Where each layer's weights, optimizer state and boundary activations live."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+TIERS = ("device", "host", "disk")
+
 
 @dataclass(frozen=True)
 class Placement:
-    """One word a layer for each kind of memory: "device" keeps it beside the arithmetic."""
+    """One word a layer for each kind of memory.
+
+    state: where low halves, moments and gradients live, and the working weights with them: their home. On "device"
+        the optimizer runs there; on "host" and "disk" the CPU updates them.
+    weights: where the working weights wait for the layer's turn: "device" keeps a copy beside the arithmetic
+        for good, "host" brings it down for each turn, "disk" through a host buffer. Never further out than state.
+    recompute: whether a layer's forward is run again in backward instead of keeping its activations. A layer whose
+        weights are not on the device must.
+    activations: where what flows between layers waits for backward, "device" or "host".
+    micro_batches: how many a visit takes through a layer before the next layer's turn.
+    """
 
     weights: tuple[str, ...]
     state: tuple[str, ...]
+    recompute: tuple[bool, ...]
+    activations: str = "device"
+    micro_batches: int = 1
 
     @classmethod
     def resident(cls, n_layers: int) -> Placement:
         """Everything on the device: gather and release have nothing to do."""
-        return cls(weights=("device",) * n_layers, state=("device",) * n_layers)
+        return cls(weights=("device",) * n_layers, state=("device",) * n_layers, recompute=(False,) * n_layers)

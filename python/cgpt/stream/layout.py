@@ -1,0 +1,66 @@
+"""How a layer's parameters lie in memory: side by side, those with weight decay first, each at a multiple of 128 bytes.
+
+A layer owns one flat buffer of each kind (working weights, low halves, moments, gradients), all laid out alike, so a
+layer is copied, read and written in one piece, and the optimizer sees two stretches of it. A parameter that two layers
+read (the tied wte: embedding and head) lies with the first of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 64  # elements: 128 bytes of bf16, a multiple of every cache line and of what DMA engines like
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parameters of one layer in one flat buffer.
+
+    names: in order, the first `decayed` of them under weight decay. starts: first element of each. size: elements
+    of the whole, padding included.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    decayed: int
+    size: int
+
+    @classmethod
+    def of(cls, shapes: Shapes) -> Layout:
+        """Matrices first; vectors, which Cerebras-GPT (section 2.2) leaves undecayed, behind them."""
+        names = sorted(shapes, key=lambda name: len(shapes[name]) < 2)
+        starts, size = [], 0
+        for name in names:
+            starts.append(size)
+            size += -(-math.prod(shapes[name]) // ALIGNMENT) * ALIGNMENT
+        ordered = tuple(tuple(shapes[name]) for name in names)
+        return cls(tuple(names), ordered, tuple(starts), sum(len(shape) >= 2 for shape in ordered), size)
+
+    @property
+    def parameters(self) -> int:
+        """Elements without padding."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One stop of the walk, in numbers: what it owns, and everything it reads, by name."""
+
+    name: str
+    owned: Layout
+    reads: Layout
+
+
+def layers_plan(reads: Sequence[tuple[str, Shapes]]) -> list[LayerPlan]:
+    """From each layer's (name, shapes of all it reads), in the order of the walk."""
+    plans, taken = [], set()
+    for name, shapes in reads:
+        owned = {key: shape for key, shape in shapes.items() if key not in taken}
+        taken |= set(owned)
+        plans.append(LayerPlan(name, Layout.of(owned), Layout.of(shapes)))
+    return plans
