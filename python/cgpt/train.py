@@ -46,9 +46,10 @@ from cgpt.recipe import (
 )
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.schedule import learning_rate
+from cgpt.stream.build import build, check_device
 from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.optimizer import AdamW
-from cgpt.stream.store import Store, build, check_device
+from cgpt.stream.store import Store
 from cgpt_ext import dispatch
 
 SAMPLE_PROMPT = 16  # tokens of held-out text that the sample at the end continues
