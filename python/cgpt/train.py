@@ -289,7 +289,9 @@ def sample(run: Run) -> str:
     if max(prompt) >= gpt2().n_vocab:
         return "not shown: the tokens are not GPT-2's"
     prompt = [token for token in prompt if token != EOT] or [EOT]
-    ids = generate(run.model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=run.recipe.seed, eot=EOT)
+    ids = generate(
+        run.model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=run.recipe.seed, eot=EOT, walk=run.executor
+    )
     return f"{gpt2().decode(prompt)}|{gpt2().decode(list(ids))}"
 
 

@@ -66,9 +66,7 @@ class Buffer:
         state = self.state
         if state not in states:
             wanted = " or ".join(state.name for state in states)
-            raise RuntimeError(
-                f"{self.name}: wanted a buffer that is {wanted}, got {state.name}, held by {self.holder}"
-            )
+            raise RuntimeError(f"{self.name}: wanted one that is {wanted}, got {state.name}, held by {self.holder}")
 
 
 class Ring:

@@ -15,7 +15,7 @@ Losses are fp32, their mean double.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -40,7 +40,15 @@ class Executor:
 
     def loss(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the samples of `batches`, forward only and without a graph."""
-        return self._whole(lambda: sum(_Walk(self, batches, _shares([batches])[0]).up())).item()
+        return self.lanes.number(self._whole(lambda: sum(_Walk(self, batches, _shares([batches])[0]).up())))
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, V) after the last position, by the head's `logits`; forward only."""
+
+        def head(x: Tensor) -> Tensor:
+            return self.store.layers[-1].module.logits(x[:, -1:])[:, 0]
+
+        return self._whole(lambda: _Walk(self, [(ids, ids)], [1.0]).up(head)[0])
 
     def gradients(self, visits: Sequence[Sequence[Batch]], loss_scale: float = 1.0) -> Gradients:
         """Loss, gradients and their norm over all micro-batches of all visits; they may differ in size.
@@ -54,7 +62,7 @@ class Executor:
             for left, visit, shares in zip(reversed(range(len(visits))), visits, _shares(visits), strict=True):
                 losses += _Walk(self, visit, shares, sums, loss_scale, left == 0, len(losses)).up_and_down()
             self.step += 1
-            return Gradients(sum(losses).item(), sums.by_name, sums.ready, sums.norm())
+            return Gradients(self.lanes.number(sum(losses)), sums.by_name, sums.ready, sums.norm())
 
         return self._whole(work)
 
@@ -91,13 +99,14 @@ class _Walk:
         self.tape: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}  # (layer, row) -> input, and output if kept
         self.event: Event | None = None  # ends the turn's last arithmetic
 
-    def up(self) -> list[Tensor]:
-        """Each micro-batch's loss times its share of the step's samples, double."""
+    def up(self, head: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """Each micro-batch's loss times its share of the step's samples, double; or what `head` makes of it."""
         turns = self._turns(list(range(self.head + 1)))
         self._climb(turns)
-        losses = self._top(*next(turns))
+        index, after = next(turns)
+        results = self._top(index, after) if head is None else self._end(index, after, head)
         next(turns, None)  # gives the head back
-        return losses
+        return results
 
     def up_and_down(self) -> list[Tensor]:
         """The same, and the gradients."""
@@ -137,9 +146,11 @@ class _Walk:
             for row, x in enumerate(self.flow):
                 if self.sums is not None and not keep:
                     self._keep_input(index, row, x)
-                x, y = self._compute(
-                    index, "forward", row, 2, after, lambda x=x, keep=keep, row=row: self._run(index, row, x, keep)
-                )
+
+                def work(index=index, row=row, x=x, keep=keep) -> tuple[Tensor, Tensor]:
+                    return self._run(index, row, x, keep)
+
+                x, y = self._compute(index, "forward", row, 2, after, work)
                 self.flow[row], self.made[row] = y.detach(), self.event
                 if keep:
                     self.tape[index, row] = x, y
@@ -167,6 +178,11 @@ class _Walk:
             losses.append(self._compute(index, "head", row, 2 if self.sums is None else 6, after, work))
         self._end_of_backward(index)
         return losses
+
+    def _end(self, index: int, after: list[Event], head: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            work = [lambda x=x: head(x) for x in self.flow]
+            return [self._compute(index, "logits", row, 2, after, work[row]) for row in range(len(work))]
 
     def _descend(self, index: int, after: list[Event]) -> None:
         """One layer's backward."""
@@ -215,9 +231,8 @@ class _Walk:
         seed, step, first = self.draws
         device = self.store.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(
-                int(np.random.SeedSequence((seed, step, first + row, index)).generate_state(1, np.uint64)[0])
-            )
+            key = np.random.SeedSequence((seed, step, first + row, index)).generate_state(1, np.uint64)
+            torch.manual_seed(int(key[0]))
             yield
 
     def _compute(self, index: int, what: str, row: int, passes: int, after: list[Event], work):

@@ -128,7 +128,7 @@ class Sums:
     def norm(self) -> float:
         """The global norm, once every layer is finished."""
         norms = [self._norms[index] for index in sorted(self._norms)]
-        return torch.stack(norms).double().square().sum().sqrt().item() if norms else 0.0
+        return self._lanes.number(torch.stack(norms).double().square().sum().sqrt()) if norms else 0.0
 
     def _complete(self, index: int) -> dict[str, Tensor]:
         """Sums of what layer `index` owns, rounded; notes their norm."""

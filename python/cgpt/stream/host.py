@@ -26,7 +26,7 @@ class HostMemory:
                 f"host memory: wanted {nbytes} bytes more, got {self.nbytes - self.taken} of {self.nbytes}"
             )
         self.taken += nbytes
-        return self._memory[self.taken - nbytes : self.taken]
+        return self._memory[self.taken - nbytes : self.taken].data
 
 
 class DiskTier:
