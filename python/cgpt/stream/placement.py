@@ -19,6 +19,8 @@ class Placement:
         weights are not on the device must.
     activations: where what flows between layers waits for backward, "device" or "host".
     micro_batches: how many a visit takes through a layer before the next layer's turn.
+    visits: the most that a step has. With several, what is not on the device gets partial sums of gradients in fp32.
+    boundary: bytes of the activations of one micro-batch between two layers, where they wait on the host.
     """
 
     weights: tuple[str, ...]
@@ -26,6 +28,8 @@ class Placement:
     recompute: tuple[bool, ...]
     activations: str = "device"
     micro_batches: int = 1
+    visits: int = 1
+    boundary: int = 0
 
     @classmethod
     def resident(cls, n_layers: int) -> Placement:

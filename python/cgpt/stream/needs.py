@@ -1,0 +1,85 @@
+"""Bytes of every arena that a placement needs, exactly: what the store allocates, and what the planner promises.
+
+    device   records at home there, working weights kept there, two slots for the rest, a ring of boundary activations
+    host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations
+    disk     records, each from a multiple of its blocks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cgpt.stream.layout import LayerPlan, Layout
+from cgpt.stream.placement import Placement
+
+SLOTS = 2  # layers whose weights are on the device at once: one computes, one comes
+STAGING = 3  # records of the disk on the host at once: one is read, one updated, one written
+BLOCK = 4096  # of a disk: offsets, lengths and addresses of direct access are multiples of it
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of each arena and of its parts; slot, staging and fetching are one buffer of each kind."""
+
+    records_device: int
+    kept: int
+    slot: int
+    ring: int
+    records_host: int
+    near: int
+    gradients: int
+    staging: int
+    fetching: int
+    boundaries: int
+    disk: int
+
+    @property
+    def device(self) -> int:
+        return self.records_device + self.kept + SLOTS * self.slot + self.ring
+
+    @property
+    def host(self) -> int:
+        held = self.records_host + self.near + self.gradients + self.boundaries
+        return held + STAGING * self.staging + SLOTS * self.fetching
+
+
+def needs(
+    plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True
+) -> Needs:
+    """What `placement` takes, for working weights and records of so many bytes an element (record.py's table)."""
+    layers = list(zip(plans, placement.state, placement.weights, strict=True))
+    owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
+    on_disk = [(plan, weights) for plan, home, weights in layers if home == "disk"]
+    passes = 2 * placement.micro_batches if placement.activations == "host" and training else 0
+    return Needs(
+        records_device=sum(plan.owned.size * record for plan, home, _ in layers if home == "device"),
+        kept=sum(plan.owned.size * working for plan, home, at in layers if home != "device" and at == "device"),
+        slot=max(_streamed(plan, placement, owner).size for plan in plans) * working,
+        ring=passes * placement.boundary,
+        records_host=sum(plan.owned.size * record for plan, home, _ in layers if home == "host"),
+        near=sum(plan.owned.size * working for plan, at in on_disk if at != "disk"),
+        gradients=sum(
+            plan.reads.size * 4 if placement.visits > 1 else plan.owned.size * working
+            for plan, home, _ in layers
+            if home != "device" and training
+        ),
+        staging=max((disk_bytes(plan.owned.size * record) for plan, _ in on_disk), default=0),
+        fetching=max((disk_bytes(plan.owned.size * working) for plan, at in on_disk if at == "disk"), default=0),
+        boundaries=passes // 2 * max(0, len(plans) - 2) * placement.boundary,
+        disk=sum(disk_bytes(plan.owned.size * record) for plan, _ in on_disk),
+    )
+
+
+def disk_bytes(nbytes: int) -> int:
+    """Rounded up to the disk's blocks."""
+    return -(-nbytes // BLOCK) * BLOCK
+
+
+def _streamed(plan: LayerPlan, placement: Placement, owner: dict[str, int]) -> Layout:
+    """What of a layer's reads is not kept on the device."""
+    away = [placement.weights[owner[name]] != "device" for name in plan.reads.names]
+    if all(away):
+        return plan.reads
+    reads = zip(plan.reads.names, plan.reads.shapes, away, strict=True)
+    return Layout.of({name: shape for name, shape, gone in reads if gone})
