@@ -55,7 +55,7 @@ def needs(
     return Needs(
         records_device=sum(plan.owned.size * record for plan, home, _ in layers if home == "device"),
         kept=sum(plan.owned.size * working for plan, home, at in layers if home != "device" and at == "device"),
-        slot=max(_streamed(plan, placement, owner).size for plan in plans) * working,
+        slot=max(streamed(plan, placement, owner).size for plan in plans) * working,
         ring=passes * placement.boundary,
         records_host=sum(plan.owned.size * record for plan, home, _ in layers if home == "host"),
         near=sum(plan.owned.size * working for plan, at in on_disk if at != "disk"),
@@ -76,7 +76,7 @@ def disk_bytes(nbytes: int) -> int:
     return -(-nbytes // BLOCK) * BLOCK
 
 
-def _streamed(plan: LayerPlan, placement: Placement, owner: dict[str, int]) -> Layout:
+def streamed(plan: LayerPlan, placement: Placement, owner: dict[str, int]) -> Layout:
     """What of a layer's reads is not kept on the device."""
     away = [placement.weights[owner[name]] != "device" for name in plan.reads.names]
     if all(away):
