@@ -14,7 +14,7 @@ whoever waits, or submits, or computes gets it, and nothing hangs.
     Simulated    everything is done at once, on a clock that counts bytes and FLOPs (devices_simulated.py)
 
 Hunting for races: every piece of work first waits a random moment, and released memory is filled with NaN, so that
-whoever reads too early or too late computes something else than the same schedule in `serial` mode, one thing at a time.
+whoever reads too early or too late computes something else than in `serial` mode.
 """
 
 from __future__ import annotations

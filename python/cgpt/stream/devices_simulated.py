@@ -5,8 +5,8 @@
     end       = start + bytes / rate, or FLOPs / rate
 
 As with a GPU, the caller enqueues arithmetic and goes on: its own clock moves only where it waits for a lane, or reads
-a number. Everything is done at once on the caller's thread, so numbers are right while the clock runs as the lanes would,
-which too do one thing at a time, in the order of submission.
+a number. Everything is done at once on the caller's thread, so numbers are right while the clock runs as the lanes
+would, which too do one thing at a time, in the order of submission.
 """
 
 from __future__ import annotations

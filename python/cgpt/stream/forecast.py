@@ -1,8 +1,45 @@
-from dataclasses import dataclass
+"""How long a step will take, lane by lane, from what each lane has to move: the executor's walk on a virtual clock.
+
+P parameters that a layer multiplies, T tokens a visit, F FLOP/s, w bytes of a weight, B bytes/s of the link, W of DRAM.
+
+    compute      2 P T forward, 4 P T backward, 2 P T more where recomputed; the head 6 P T at once; an embedding none
+    down         w P forward and w P backward where streamed; inputs where they wait on the host; partial sums, 4 P,
+                 from the second visit on
+    up           w P of gradients in the last visit, 4 P of partial sums in those before; inputs in forward
+    optimizer    2 x the record + w bytes an element (26 with a split master), in forward order, ahead of the weights
+    read, write  whole records; weights that wait on the disk
+
+    weights hide behind forward    T >= F w / 2B        and behind backward    T >= F w / 6B
+    AdamW hides behind backward    T >= 26 F / 6W       behind the next forward    T >= 26 F / 2W
+
+Each lane does one thing at a time, in order, once what it needs is there; a layer's weights come as soon as one of two
+slots is free. The step is the time between the ends of two consecutive ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cgpt.stream.account import widths
+from cgpt.stream.layout import LayerPlan
+from cgpt.stream.needs import SLOTS, STAGING, disk_bytes, streamed
+from cgpt.stream.placement import Placement
+
+LANES = ("compute", "down", "up", "optimizer", "read", "write")
+STEPS = 4  # until the virtual clock has settled
+VISITS = 6  # simulated; each further one takes as long as the last of them
+BOUND = 0.02  # of a step: arithmetic that waits less than this is what binds
+
+When = tuple[float, str]  # when something is done, and the lane that it waited for last
 
 
 @dataclass(frozen=True)
 class Rates:
+    """What a device does in a second: flops sustained; bytes down to it and up from it, of host memory (the
+    optimizer's), read from and written to the disk. latency: seconds a transfer."""
+
     flops: float
     down: float
     up: float
@@ -11,3 +48,277 @@ class Rates:
     write: float
     latency: float = 0.0
     half_duplex: bool = False
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One step in its steady state. Seconds, but where said.
+
+    lanes: each lane's busy time. stalls: how long the arithmetic waits, by the lane that it waits for. fill: of that,
+    before the first block. exposed_optimizer: what a step would save if AdamW took no time. disk_written: bytes.
+    """
+
+    seconds: float
+    tokens: float
+    lanes: dict[str, float]
+    stalls: dict[str, float]
+    fill: float
+    exposed_optimizer: float
+    disk_read: float
+    disk_written: float
+
+    @property
+    def bound(self) -> float:
+        """No schedule is faster than its busiest lane."""
+        return max(self.lanes.values())
+
+    @property
+    def binding(self) -> str:
+        """The lane to make faster: "compute" where the arithmetic hardly waits."""
+        if sum(self.stalls.values()) <= BOUND * self.seconds:
+            return "compute"
+        return max(self.stalls, key=self.stalls.get)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step's work beside the placement. tokens: of a step. width: of activations between layers. attention: FLOPs a
+    token of a block's forward beside 2 P. device_memory: bytes/s, for AdamW on the device; None: it takes no time."""
+
+    precision: str
+    tokens: float
+    width: int
+    attention: float = 0.0
+    device_memory: float | None = None
+
+
+def forecast(plans: Sequence[LayerPlan], placement: Placement, rates: Rates, work: Work) -> Forecast:
+    """One step in its steady state."""
+    walk = _steady(plans, placement, rates, work)
+    free = _steady(plans, placement, replace(rates, memory=math.inf), work)
+    return replace(walk, exposed_optimizer=max(0.0, walk.seconds - free.seconds))
+
+
+def hides(rates: Rates, precision: str = "bf16", away: float = 1.0, visits: int = 1) -> dict[str, float]:
+    """Tokens a visit from which on each lane hides; away: the share of weights that is streamed (section heads)."""
+    working, record = widths(precision)
+    down = working * away + (4 if visits > 1 else 0)
+    up = 4 if visits > 1 else working
+    traffic = 2 * record + working
+    return {
+        "down in forward": working * away * rates.flops / (2 * rates.down),
+        "down in backward": down * rates.flops / (6 * rates.down),
+        "up in backward": up * rates.flops / (6 * rates.up),
+        "optimizer in forward": traffic * rates.flops / (2 * rates.memory),
+    }
+
+
+def _steady(plans, placement: Placement, rates: Rates, work: Work) -> Forecast:
+    """Simulated to the end, or for a few visits and on from there."""
+    visits = placement.visits
+    each = work.tokens / visits
+    if visits <= VISITS:
+        return _Walk(plans, placement, rates, work, visits, each).forecast()
+    some = _Walk(plans, placement, rates, work, VISITS, each).forecast()
+    fewer = _Walk(plans, placement, rates, work, VISITS - 1, each).forecast()
+    more = visits - VISITS
+
+    def on(a: float, b: float) -> float:
+        return a + more * (a - b)
+
+    return Forecast(
+        on(some.seconds, fewer.seconds),
+        work.tokens,
+        {lane: on(some.lanes[lane], fewer.lanes[lane]) for lane in LANES},
+        {lane: max(0.0, on(some.stalls[lane], fewer.stalls[lane])) for lane in LANES},
+        some.fill,
+        0.0,
+        on(some.disk_read, fewer.disk_read),
+        on(some.disk_written, fewer.disk_written),
+    )
+
+
+class _Walk:
+    """The virtual clock: one time a lane at which it is free, and what the executor hands to each, in its order."""
+
+    def __init__(self, plans, placement: Placement, rates: Rates, work: Work, visits: int, tokens: float):
+        self.plans, self.place, self.rates, self.work, self.visits, self.tokens = (
+            plans, placement, rates, work, visits, tokens,
+        )  # fmt: skip
+        self.working, self.record = widths(work.precision)
+        self.traffic = 2 * self.record + self.working
+        self.owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
+        self.slots = [streamed(plan, placement, self.owner).size * self.working for plan in plans]
+        self.head = len(plans) - 1
+        self.between = tokens * work.width * self.working
+        self.free = dict.fromkeys(LANES, 0.0)
+        self.begin: When = (0.0, "compute")  # of the step: nothing of it starts earlier
+        n = len(plans)
+        self.weights: list[When] = [self.begin] * n  # the record's weights are up to date
+        self.written: list[When] = [self.begin] * n  # and all of the record, on the disk too
+        self.fresh: list[When | None] = [None] * n  # the kept copy, None: to be renewed
+        self.users: list[When] = [self.begin] * SLOTS  # ends of the last uses of the slots
+        self.staging: list[When] = [self.begin] * STAGING
+        self.fetching: list[When] = [self.begin] * SLOTS
+        self.reset()
+
+    def reset(self) -> None:
+        """Counts of a step begin anew."""
+        self.busy, self.stalls = dict.fromkeys(LANES, 0.0), dict.fromkeys(LANES, 0.0)
+        self.bytes = dict.fromkeys(LANES, 0.0)
+        self.fill: float | None = None
+
+    def forecast(self) -> Forecast:
+        end = 0.0
+        for _ in range(STEPS):
+            self.reset()
+            before, end = end, self.step()
+        lanes, stalls = dict(self.busy), dict(self.stalls)
+        read, written = self.bytes["read"], self.bytes["write"]
+        return Forecast(end - before, self.tokens * self.visits, lanes, stalls, self.fill or 0.0, 0.0, read, written)
+
+    def step(self) -> float:
+        """All visits, then the updates; returns when the gradients' norm is known."""
+        self.sent: list[When] = []
+        self.gradients = [self.begin] * len(self.plans)
+        self.parked: dict[int, When] = {}
+        for left in reversed(range(self.visits)):
+            self.visit(last=left == 0)
+        end = self.free["compute"]
+        self.begin = end, "compute"
+        for index in range(len(self.plans)):
+            self.update(index)
+        return end
+
+    def run(self, lane: str, seconds: float, *after: When) -> When:
+        """Occupies a lane; the lane named is the one that held it up last."""
+        start, why = max(self.free[lane], self.begin[0]), lane
+        for end, cause in after:
+            if end > start:
+                start, why = end, lane if cause == "compute" else cause
+        if lane == "compute":
+            self.stalls[why] += start - self.free[lane]
+        self.busy[lane] += seconds
+        self.free[lane] = start + seconds
+        return self.free[lane], why
+
+    def move(self, lane: str, nbytes: float, *after: When) -> When:
+        """A transfer; both directions of a half-duplex link are one lane in two books."""
+        links = ("down", "up")
+        if self.rates.half_duplex and lane in links:
+            self.free[lane] = max(self.free[link] for link in links)
+        self.bytes[lane] += nbytes
+        rate = getattr(self.rates, "memory" if lane == "optimizer" else lane)
+        latency = 0.0 if lane == "optimizer" else self.rates.latency
+        done = self.run(lane, nbytes / rate + latency, *after)
+        if self.rates.half_duplex and lane in links:
+            self.free |= dict.fromkeys(links, done[0])
+        return done
+
+    def visit(self, last: bool) -> None:
+        order = [*range(self.head + 1), *reversed(range(self.head))]
+        self.made: When = self.begin
+        self.ends: list[When] = []  # of the turns
+        self.saved: dict[int, When] = {}
+        ahead = self.gather(order, 0)
+        for place, index in enumerate(order):
+            here, ahead = ahead, self.gather(order, place + 1)
+            backward = place > self.head
+            if backward:
+                here = [*here, *self.sent[-2:-1]]
+            self.made = self.run("compute", self.arithmetic(index, backward) / self.rates.flops, *here)
+            if place == 1 and self.fill is None:
+                self.fill = sum(self.stalls.values())
+            self.ends.append(self.made)
+            if self.slots[index]:
+                self.users.append(self.made)
+            if place < self.head and self.away(index):
+                before = self.ends[place - 1]
+                self.saved[index] = self.move("up", self.between, before)
+            if place >= self.head:
+                self.send(index, last)
+
+    def away(self, index: int) -> bool:
+        """Whether a layer's inputs wait on the host."""
+        inside = 0 < index < self.head
+        return inside and self.place.activations == "host" and self.place.recompute[index]
+
+    def arithmetic(self, index: int, backward: bool) -> float:
+        multiplied = self.plans[index].reads.parameters if index else 0
+        if index == self.head:
+            return 6 * multiplied * self.tokens
+        passes = (3 if self.place.recompute[index] else 2) if backward else 1
+        return passes * (2 * multiplied + (self.work.attention if index else 0.0)) * self.tokens
+
+    def gather(self, order: list[int], place: int) -> list[When]:
+        """Everything that the turn at `place` must wait for."""
+        if place == len(order):
+            return []
+        index, after = order[place], []
+        for owner in sorted({self.owner[name] for name in self.plans[index].reads.names}):
+            if self.place.weights[owner] == "device" and self.place.state[owner] != "device":
+                if self.fresh[owner] is None:
+                    nbytes = self.plans[owner].owned.size * self.working
+                    self.fresh[owner] = self.move("down", nbytes, self.weights[owner])
+                after.append(self.fresh[owner])
+            elif self.place.weights[owner] == "device":
+                after.append(self.weights[owner])
+        if self.slots[index]:
+            after.append(self.fetch(index))
+        if place > self.head and index in self.saved:
+            free = self.ends[place - 2]
+            after.append(self.move("down", self.between, self.saved.pop(index), free))
+        if place >= self.head and index in self.parked:
+            nbytes = self.plans[index].reads.parameters * 4
+            after.append(self.move("down", nbytes, self.parked.pop(index)))
+        return after
+
+    def fetch(self, index: int) -> When:
+        """A layer's weights into the slot that has been free longest."""
+        ready, reads = [self.users[-SLOTS]], 0
+        for owner in sorted({self.owner[name] for name in self.plans[index].reads.names}):
+            if self.place.weights[owner] == "disk":
+                nbytes = disk_bytes(self.plans[owner].owned.size * self.working)
+                read = self.move("read", nbytes, self.written[owner], self.fetching[-SLOTS])
+                self.fetching.append(read)
+                ready.append(read)
+                reads += 1
+            elif self.place.weights[owner] == "host":
+                ready.append(self.weights[owner])
+        done = self.move("down", self.slots[index], *ready)
+        self.fetching[len(self.fetching) - reads :] = [done] * reads  # free once copied
+        return done
+
+    def send(self, index: int, last: bool) -> None:
+        """A layer's gradients, or their partial sums, to the host."""
+        if self.place.state[index] == "device":
+            return
+        plan = self.plans[index]
+        nbytes = plan.owned.parameters * self.working if last else plan.reads.parameters * 4
+        done = self.move("up", nbytes, self.made, self.written[index])
+        self.sent.append(done)
+        if last:
+            self.gradients[index] = done
+        else:
+            self.parked[index] = done
+
+    def update(self, index: int) -> None:
+        """AdamW on a record, where it lives."""
+        size, home = self.plans[index].owned.size, self.place.state[index]
+        self.fresh[index] = None
+        if home == "device":
+            rate = self.work.device_memory
+            done = self.run("compute", size * self.traffic / rate if rate else 0.0)
+            self.weights[index] = self.written[index] = done
+            return
+        after = [self.gradients[index]]
+        if home == "disk":
+            nbytes = disk_bytes(size * self.record)
+            after.append(self.move("read", nbytes, self.staging[-STAGING], self.written[index]))
+        done = self.move("optimizer", size * self.traffic, *after)
+        self.weights[index] = self.written[index] = done
+        if home == "disk":
+            self.written[index] = self.move("write", nbytes, done)
+            self.staging.append(self.written[index])
+            if self.place.weights[index] == "disk":
+                self.weights[index] = self.written[index]

@@ -1,8 +1,8 @@
 """Bytes of every arena that a placement needs, exactly: what the store allocates, and what the planner promises.
 
-device   records at home there, working weights kept there, two slots for the rest, a ring of boundary activations
-host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations
-disk     records, each from a multiple of its blocks
+    device   records at home there, working weights kept there, two slots for the rest, a ring of boundary activations
+    host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations
+    disk     records, each from a multiple of its blocks
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Needs:
         return held + STAGING * self.staging + SLOTS * self.fetching
 
 
-def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True) -> Needs:
+def needs(
+    plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True
+) -> Needs:
     """What `placement` takes, for working weights and records of so many bytes an element (record.py's table)."""
     layers = list(zip(plans, placement.state, placement.weights, strict=True))
     owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
@@ -53,7 +55,7 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record
     return Needs(
         records_device=sum(plan.owned.size * record for plan, home, _ in layers if home == "device"),
         kept=sum(plan.owned.size * working for plan, home, at in layers if home != "device" and at == "device"),
-        slot=max(_streamed(plan, placement, owner).size for plan in plans) * working,
+        slot=max(streamed(plan, placement, owner).size for plan in plans) * working,
         ring=passes * placement.boundary,
         records_host=sum(plan.owned.size * record for plan, home, _ in layers if home == "host"),
         near=sum(plan.owned.size * working for plan, at in on_disk if at != "disk"),
@@ -74,7 +76,10 @@ def disk_bytes(nbytes: int) -> int:
     return -(-nbytes // BLOCK) * BLOCK
 
 
-def _streamed(plan: LayerPlan, placement: Placement, owner: dict[str, int]) -> Layout:
+def streamed(plan: LayerPlan, placement: Placement, owner: dict[str, int]) -> Layout:
     """What of a layer's reads is not kept on the device."""
-    reads = zip(plan.reads.names, plan.reads.shapes, strict=True)
-    return Layout.of({name: shape for name, shape in reads if placement.weights[owner[name]] != "device"})
+    away = [placement.weights[owner[name]] != "device" for name in plan.reads.names]
+    if all(away):
+        return plan.reads
+    reads = zip(plan.reads.names, plan.reads.shapes, away, strict=True)
+    return Layout.of({name: shape for name, shape, gone in reads if gone})

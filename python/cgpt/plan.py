@@ -1,0 +1,217 @@
+"""`cgpt plan`: where a model's memory would live on a machine that need not be here, and how fast it would train.
+
+Settings tried: every number of visits a step, micro-batches of one, two and four sequences, activations on the device
+and on the host, more or fewer layers at home on the device. The fastest by forecast wins; of those within half a
+percent, the one with the fewest tokens a visit. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+
+from cgpt.errors import InputError
+from cgpt.stream.gpt_plans import gpt_plans
+from cgpt.model.presets import PRESETS
+from cgpt.recipe import MICRO_BATCH_TOKENS
+from cgpt.scaling.flops import matmul_flops_per_token
+from cgpt.stream.account import Account, account
+from cgpt.stream.forecast import Forecast, Rates, Work, forecast, hides
+from cgpt.stream.hardware import DEVICES, DRIVE, LINKS, Hardware
+from cgpt.stream.limits import Budgets, bytes_text
+from cgpt.stream.placement import Placement
+from cgpt.stream.planner import DoesNotFit, Setting, place
+
+NEAR_BEST = 1.005
+DAY = 86400
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked: a preset's name, its machine, and one step."""
+
+    model: str
+    hardware: Hardware
+    budgets: Budgets
+    rates: Rates
+    tokens_per_step: int
+    tokens_per_visit: int | None
+    precision: str
+
+    @property
+    def shape(self):
+        return PRESETS[self.model].config
+
+
+@dataclass(frozen=True)
+class Found:
+    """An answer: a setting, its placement, what it takes and how long."""
+
+    problem: Problem
+    setting: Setting
+    placement: Placement
+    account: Account
+    forecast: Forecast
+
+    @property
+    def tokens_per_visit(self) -> int:
+        return self.setting.micro_batches * self.setting.micro_batch_tokens
+
+    @property
+    def model_flops(self) -> float:
+        """FLOP/s of the model's own products: recomputation is not counted."""
+        return matmul_flops_per_token(self.problem.shape) * self.forecast.tokens / self.forecast.seconds
+
+
+def problem(
+    model: str,
+    device: str,
+    budgets: Budgets,
+    *,
+    link: str | None = None,
+    sustained: float | None = None,
+    host_bandwidth: float | None = None,
+    tokens_per_step: int | None = None,
+    tokens_per_visit: int | None = None,
+    precision: str = "bf16",
+) -> Problem:
+    """From names and what is not given. Raises InputError, naming the flag."""
+    _one_of("model", model, PRESETS)
+    _one_of("device", device, DEVICES)
+    hardware, preset = DEVICES[device], PRESETS[model]
+    _one_of("link", link or hardware.link, LINKS)
+    seq_len = preset.config.seq_len
+    step = seq_len * max(batch for _, batch in preset.batch_schedule) if tokens_per_step is None else tokens_per_step
+    for name, tokens in (("tokens-per-step", step), ("tokens-per-visit", tokens_per_visit)):
+        if tokens is not None and (tokens < seq_len or tokens % seq_len):
+            raise InputError(f"--{name}: wanted a multiple of {model}'s sequences of {seq_len} tokens, got {tokens}")
+    if tokens_per_visit is not None and tokens_per_visit > step:
+        raise InputError(f"--tokens-per-visit: wanted at most the {step} of a step, got {tokens_per_visit}")
+    if sustained is not None and not 0 < sustained <= 1:
+        raise InputError(f"--sustained: wanted a share of the peak up to 1, got {sustained:g}")
+    share = hardware.sustained if sustained is None else sustained
+    slower = 2 if precision == "fp32" else 1  # products of tf32 go at half the rate of bf16
+    wire = LINKS[link or hardware.link].rate
+    memory = host_bandwidth or hardware.host
+    rates = Rates(hardware.peak * share / slower, wire, wire, memory, DRIVE.read, DRIVE.write)
+    return Problem(model, hardware, budgets, rates, step, tokens_per_visit, precision)
+
+
+def solve(problem: Problem) -> Found:
+    """The fastest setting that fits. Raises DoesNotFit with the nearest one that would, in flags."""
+    plans, found = gpt_plans(problem.shape), []
+    refusals: list[tuple[DoesNotFit, Setting]] = []
+    for setting in _settings(problem):
+        try:
+            found += _placed(problem, plans, setting)
+        except DoesNotFit as refusal:
+            refusals.append((refusal, setting))
+    if not found:
+        raise _nearest(problem, refusals)
+    best = min(answer.forecast.seconds for answer in found)
+    near = [answer for answer in found if answer.forecast.seconds <= NEAR_BEST * best]
+    return min(near, key=lambda answer: (answer.tokens_per_visit, answer.forecast.seconds))
+
+
+def _settings(problem: Problem) -> Iterator[Setting]:
+    """Micro-batches of up to MICRO_BATCH_TOKENS, and every number of them a visit that makes another number of visits."""
+    seq_len, width = problem.shape.seq_len, problem.shape.d_model
+    sequences = problem.tokens_per_step // seq_len
+    for each in (4, 2, 1):
+        if each > sequences or each * seq_len > max(seq_len, MICRO_BATCH_TOKENS):
+            continue
+        count = -(-sequences // each)
+        if problem.tokens_per_visit:
+            rows = [problem.tokens_per_visit // (each * seq_len)] if problem.tokens_per_visit % (each * seq_len) == 0 else []
+        else:
+            rows = sorted({-(-count // visits) for visits in range(1, count + 1)})
+        for some in rows:
+            yield Setting(problem.precision, each * seq_len, width, some, -(-count // some))
+
+
+def _placed(problem: Problem, plans, setting: Setting) -> list[Found]:
+    """One setting with activations here and there, and with all, some and none of the records that the device could
+    hold."""
+    work = Work(
+        problem.precision,
+        problem.tokens_per_step,
+        setting.width,
+        2 * problem.shape.seq_len * problem.shape.d_model,  # causal: half of every score and of every weighted sum
+        problem.hardware.bandwidth,
+    )
+    found, refusals = {}, []
+    for activations in ("device", "host"):
+        try:
+            fullest = place(plans, problem.budgets, setting, activations=activations)
+        except DoesNotFit as refusal:
+            refusals.append(refusal)
+            continue
+        most = fullest.state.count("device")
+        for state in {most, most * 3 // 4, most // 2, most // 4, 0}:
+            for weights in (None, state):
+                try:
+                    options = {"activations": activations, "most_state": state, "most_weights": weights}
+                    placement = place(plans, problem.budgets, setting, **options)
+                except DoesNotFit:
+                    continue  # the host has no room for so many
+                found[placement] = None
+    if not found:
+        raise min(refusals, key=lambda refusal: (refusal.limit == "device", refusal.wanted))
+    return [
+        Found(
+            problem,
+            setting,
+            placement,
+            account(plans, placement, setting.precision, setting.micro_batch_tokens, setting.width),
+            forecast(plans, placement, problem.rates, work),
+        )
+        for placement in found
+    ]
+
+
+def _nearest(problem: Problem, refusals: list[tuple[DoesNotFit, Setting]]) -> InputError:
+    """The refusal that lacks least, and every single flag that would mend it."""
+    lacks_host = [pair for pair in refusals if pair[0].limit == "host"]
+    refusal, setting = min(lacks_host or refusals, key=lambda pair: pair[0].wanted)
+    flags = [f"--{refusal.limit}-memory {_whole(refusal.wanted)}"]
+    disks = [pair[0].disk for pair in refusals if pair[0].disk]
+    if disks:
+        flags.append(f"--disk-space {_whole(min(disks))}")
+    fewer = _fewer_tokens(problem)
+    if fewer:
+        flags.append(f"--tokens-per-step {fewer}")
+    return InputError(
+        f"--{refusal.limit}-memory: {problem.model} at {setting.micro_batches * setting.micro_batch_tokens} tokens a "
+        f"visit, {setting.visits} visits a step: {refusal}; nearest: {' or '.join(flags)}"
+    )
+
+
+def _fewer_tokens(problem: Problem) -> int | None:
+    """The most tokens a step that fit in one visit: gradients are then half as large. None where even one does not."""
+    plans, seq_len = gpt_plans(problem.shape), problem.shape.seq_len
+
+    def fits(sequences: int) -> bool:
+        try:
+            place(plans, problem.budgets, Setting(problem.precision, seq_len, problem.shape.d_model, sequences))
+        except DoesNotFit:
+            return False
+        return True
+
+    low, high = 0, problem.tokens_per_step // seq_len
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * seq_len or None
+
+
+def _whole(nbytes: int) -> str:
+    """In whole GiB, or MiB where that is less than ten of them; never less than what is needed."""
+    unit, name = (1 << 30, "GiB") if nbytes >= 10 << 30 else (1 << 20, "MiB")
+    return f"{-(-nbytes // unit)}{name}"
+
+
+def _one_of(flag: str, name: str, known) -> None:
+    if name not in known:
+        raise InputError(f"--{flag}: wanted one of {', '.join(known)}, got {name}")

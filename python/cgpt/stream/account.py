@@ -1,0 +1,118 @@
+"""Bytes of a whole run by tier and part: the arenas exactly (needs.py), and an estimate of torch's memory beside them.
+
+workspace    flow        activations between layers on their way, and their gradients
+             inputs      what waits on the device for recomputation
+             kept        activations of layers that are not recomputed
+             working     one layer's arithmetic for one micro-batch
+             gradients   of the layers in flight, of the device's own layers, and of parameters that several read
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cgpt.errors import InputError
+from cgpt.stream.layout import LayerPlan
+from cgpt.stream.needs import BLOCK, SLOTS, STAGING, Needs, needs
+from cgpt.stream.placement import Placement
+
+WIDTHS = {"bf16": (2, 12), "fp16": (2, 14), "fp32": (4, 12)}  # bytes an element: working weights, whole record
+
+KEPT = 13  # values a token and width that a block keeps for backward: inputs, norms, q k v, attention, MLP
+BACKWARD = 9  # and that it takes beside them while it goes backward: gradients of the MLP's inside, of q k v, of x
+HEAD_BYTES = 128 << 20  # logits in flight
+IN_FLIGHT = 2  # layers whose gradients are on the device at once: one computes, one goes up
+ALIGN = 128  # bytes; of everything in an arena
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a placement takes. workspace: by part, estimated; needs: exact."""
+
+    needs: Needs
+    workspace: dict[str, int]
+
+    @property
+    def device(self) -> int:
+        return self.needs.device + sum(self.workspace.values())
+
+    @property
+    def host(self) -> int:
+        return self.needs.host
+
+    @property
+    def disk(self) -> int:
+        return self.needs.disk and BLOCK + self.needs.disk
+
+    @property
+    def device_parts(self) -> dict[str, int]:
+        need = self.needs
+        parts = {"state": need.records_device, "weights": need.kept, "slots": SLOTS * need.slot, "ring": need.ring}
+        return _present(parts | self.workspace)
+
+    @property
+    def host_parts(self) -> dict[str, int]:
+        need = self.needs
+        return _present(
+            {
+                "state": need.records_host,
+                "weights": need.near,
+                "gradients": need.gradients,
+                "staging": STAGING * need.staging + SLOTS * need.fetching,
+                "activations": need.boundaries,
+            }
+        )
+
+
+def account(
+    plans: Sequence[LayerPlan], placement: Placement, precision: str, micro_batch_tokens: int, width: int
+) -> Account:
+    """Of a run whose micro-batches have so many tokens, with activations `width` wide between layers."""
+    working, record = widths(precision)
+    return Account(
+        needs(plans, placement, working, record),
+        _workspace(plans, placement, working, boundary_bytes(precision, micro_batch_tokens, width)),
+    )
+
+
+def widths(precision: str) -> tuple[int, int]:
+    """Bytes an element of the working weights and of the whole record. Raises InputError for an unknown precision."""
+    if precision not in WIDTHS:
+        raise InputError(f"precision: wanted one of {', '.join(WIDTHS)}, got {precision}")
+    return WIDTHS[precision]
+
+
+def boundary_bytes(precision: str, micro_batch_tokens: int, width: int) -> int:
+    """One micro-batch's activations between two layers, in an arena."""
+    return -(-micro_batch_tokens * width * widths(precision)[0] // ALIGN) * ALIGN
+
+
+def _workspace(plans: Sequence[LayerPlan], placement: Placement, working: int, between: int) -> dict[str, int]:
+    rows, blocks = placement.micro_batches, range(1, len(plans) - 1)
+    recomputed = sum(placement.recompute[i] for i in blocks)
+    several = rows * placement.visits > 1
+    summed = 4 if several else working
+    largest = max(plan.reads.size for plan in plans)
+    in_flight = IN_FLIGHT * largest * summed + (largest * working if several else 0)
+    held = 4 if placement.visits > 1 else working
+    own = [plan for plan, home in zip(plans, placement.state, strict=True) if home == "device"]
+    shared = sum(_shared(plan) for plan, home in zip(plans, placement.state, strict=True) if home != "device")
+    return {
+        "flow": 2 * rows * between,
+        "inputs": rows * between * recomputed if placement.activations == "device" else 0,
+        "kept": KEPT * rows * between * (len(blocks) - recomputed),
+        "working": max((KEPT + BACKWARD) * between, HEAD_BYTES + 4 * between),
+        "gradients": in_flight + held * sum(plan.reads.size for plan in own) + shared * summed,
+    }
+
+
+def _shared(plan: LayerPlan) -> int:
+    """Elements that a layer reads and another owns."""
+    reads = zip(plan.reads.names, plan.reads.shapes, strict=True)
+    return sum(math.prod(shape) for name, shape in reads if name not in plan.owned.names)
+
+
+def _present(parts: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if size}

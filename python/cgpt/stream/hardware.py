@@ -1,0 +1,81 @@
+"""What devices, links and drives are good for, in numbers, each with its source. Rates are assumptions until measured:
+a run prints its own beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """peak: dense bf16 FLOP/s. sustained: the share of it that a training step's products reach. memory: bytes of the
+    device. bandwidth: of that memory, bytes/s. link: its name in LINKS. host: DRAM bytes/s left for AdamW. source."""
+
+    name: str
+    peak: float
+    sustained: float
+    memory: float
+    bandwidth: float
+    link: str
+    host: float
+    source: str
+
+
+SERVER_DRAM = 150e9  # eight channels of DDR5-4800 are 307 GB/s; two thirds usable, less 50 GB/s that the link takes
+DESKTOP_DRAM = 60e9  # two channels of DDR5-5600 are 90 GB/s, two thirds of it usable
+
+LLMQ = "LLMQ's H100x1 benchmark: 54.6 % with 14B parameters in bf16 and state on the host"
+
+DEVICES = {
+    "h100": Hardware(
+        "NVIDIA H100 SXM", 989.4e12, 0.55, 80e9, 3.35e12, "gen5", SERVER_DRAM,
+        f"peak, memory: NVIDIA H100 datasheet, dense; sustained: {LLMQ}",
+    ),
+    "h200": Hardware(
+        "NVIDIA H200 SXM", 989.4e12, 0.55, 141e9, 4.8e12, "gen5", SERVER_DRAM,
+        f"peak, memory: NVIDIA H200 datasheet, dense; sustained as on the H100: {LLMQ}",
+    ),
+    "a100-80gb": Hardware(
+        "NVIDIA A100 80 GB SXM", 312e12, 0.55, 80e9, 2.039e12, "gen4", 100e9,
+        "peak, memory: NVIDIA A100 datasheet, dense; sustained: assumed as on the H100; DRAM: eight channels of "
+        "DDR4-3200 are 205 GB/s",
+    ),
+    "rtx-4090": Hardware(
+        "NVIDIA GeForce RTX 4090", 165.2e12, 0.7, 24e9, 1.008e12, "gen4", DESKTOP_DRAM,
+        "peak, memory: NVIDIA Ada whitepaper, bf16 with fp32 sums; sustained: LLMQ's 4090 benchmark, 70 % at 14B",
+    ),
+    "cpu": Hardware(
+        "two CPU cores", 0.38e12, 0.5, 8e9, 10e9, "copy", 10e9,
+        "peak: two AVX-512 units a core at 3 GHz in fp32; memory: a budget, not a device; bandwidth: AdamW measured at "
+        "8 to 10 GB/s on such a machine",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes/s of each direction while both are busy."""
+
+    rate: float
+    source: str
+
+
+LINKS = {
+    "gen5": Link(50e9, "PCIe 5.0 x16 is 63 GB/s; nvbandwidth shows 55 one way"),
+    "gen4": Link(25e9, "PCIe 4.0 x16 is 31.5 GB/s; 24 to 26 measured one way"),
+    "copy": Link(5e9, "memory to memory: a byte copied is one read and one written"),
+}
+
+
+@dataclass(frozen=True)
+class Drive:
+    """Bytes/s, and terabytes that may be written to each terabyte of it in its rated life."""
+
+    read: float
+    write: float
+    endurance: float
+    source: str
+
+
+DRIVE = Drive(7e9, 5e9, 600.0, "one PCIe 4.0 NVMe drive: 7 and 5 GB/s, 600 TB rated for 1 TB of a consumer drive")

@@ -1,0 +1,98 @@
+"""Accounts computed by hand, and a GPT's layers in numbers against the GPT itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cgpt.errors import InputError
+from cgpt.model.config import GPTConfig
+from cgpt.model.gpt import GPT
+from cgpt.stream.gpt_plans import gpt_plans
+from cgpt.model.presets import PRESETS
+from cgpt.stream.account import BACKWARD, HEAD_BYTES, KEPT, account, boundary_bytes
+from cgpt.stream.layout import layers_plan
+from cgpt.stream.placement import Placement
+from cgpt.stream.store import layers_of
+
+# 64, 128 and 64 elements: every size is a whole number of the layout's steps, so sums can be done in the head.
+PLANS = layers_plan([("embed", {"wte": (8, 8)}), ("h.0", {"w": (16, 8)}), ("head", {"g": (64,), "wte": (8, 8)})])
+
+
+@pytest.mark.parametrize("shape", [PRESETS["tiny"].config, GPTConfig(3, 2, 48, 24, 100, 77, 33), PRESETS["13B"].config])
+def test_a_gpt_in_numbers_is_the_gpt(shape):
+    with torch.device("meta"):
+        layers = layers_of(GPT(shape))
+    wanted = [(x.name, {name: tuple(p.shape) for name, p in x.parameters.items()}) for x in layers]
+    assert gpt_plans(shape) == layers_plan(wanted)
+    assert sum(plan.owned.parameters for plan in gpt_plans(shape)) == shape.n_params
+
+
+def test_resident():
+    found = account(PLANS, Placement.resident(3), "bf16", 16, 8)
+    assert found.needs.device == 12 * (64 + 128 + 64)
+    assert (found.host, found.disk) == (0, 0)
+    between = 16 * 8 * 2
+    assert found.workspace == {
+        "flow": 2 * between,
+        "inputs": 0,
+        "kept": KEPT * between,
+        "working": HEAD_BYTES + 4 * between,
+        "gradients": 2 * 128 * 2 + 2 * (64 + 128 + 128),
+    }
+    assert found.device == found.needs.device + sum(found.workspace.values())
+    assert found.device_parts["state"] == 3072
+    assert "slots" not in found.device_parts
+
+
+@pytest.mark.parametrize(("precision", "working", "record"), [("bf16", 2, 12), ("fp16", 2, 14), ("fp32", 4, 12)])
+def test_everything_on_the_host(precision, working, record):
+    placement = Placement(("host",) * 3, ("host",) * 3, (True,) * 3, micro_batches=2)
+    found = account(PLANS, placement, precision, 16, 8)
+    assert found.needs.device == 2 * 128 * working  # two slots for h.0, or for the head: ln_f's 64 and wte's 64
+    assert found.host_parts == {"state": 256 * record, "gradients": 256 * working}
+    between = 16 * 8 * working
+    assert found.workspace["inputs"] == 2 * between
+    assert found.workspace["kept"] == 0
+    # two layers' sums in fp32, one contribution in the working type, and the head's part of wte in fp32
+    assert found.workspace["gradients"] == 2 * 128 * 4 + 128 * working + 64 * 4
+
+
+def test_several_visits_hold_partial_sums_of_all_that_a_layer_reads():
+    placement = Placement(("host",) * 3, ("host",) * 3, (True,) * 3, visits=2)
+    assert account(PLANS, placement, "bf16", 16, 8).host_parts["gradients"] == 4 * (64 + 128 + 128)
+
+
+def test_before_and_on_the_disk():
+    placement = Placement(("device", "host", "disk"), ("disk",) * 3, (True,) * 3)
+    found = account(PLANS, placement, "bf16", 16, 8)
+    assert found.device_parts["weights"] == 64 * 2
+    # of the head's reads only its own 64 elements are away: wte is kept; h.0's 128 are the largest slot
+    assert found.device_parts["slots"] == 2 * 128 * 2
+    assert found.host_parts == {
+        "weights": (64 + 128) * 2,
+        "gradients": 256 * 2,
+        "staging": 3 * 4096 + 2 * 4096,
+    }
+    assert found.disk == 4096 + 3 * 4096
+
+
+def test_activations_on_the_host():
+    between = boundary_bytes("bf16", 5, 9)
+    assert between == 128
+    placement = Placement(("host",) * 3, ("host",) * 3, (True,) * 3, "host", micro_batches=3, boundary=between)
+    found = account(PLANS, placement, "bf16", 5, 9)
+    assert found.device_parts["ring"] == 2 * 3 * 128
+    assert found.host_parts["activations"] == 3 * 128  # of h.0 alone: ids stay, the head's turn is at once
+    assert found.workspace["inputs"] == 0
+    assert account(PLANS, replace(placement, activations="device"), "bf16", 5, 9).workspace["inputs"] == 3 * 128
+
+
+def test_the_arithmetic_of_a_wide_layer_outweighs_the_logits():
+    found = account(PLANS, Placement.resident(3), "bf16", 1 << 16, 512)
+    assert found.workspace["working"] == (KEPT + BACKWARD) * (1 << 16) * 512 * 2 > HEAD_BYTES
+
+
+def test_unknown_precision():
+    with pytest.raises(InputError, match="precision: wanted one of bf16, fp16, fp32, got int4"):
+        account(PLANS, Placement.resident(3), "int4", 16, 8)
