@@ -7,20 +7,18 @@ percent, the one with the fewest tokens a visit. Imports no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 from cgpt.errors import InputError
-from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.model.presets import PRESETS
 from cgpt.recipe import MICRO_BATCH_TOKENS
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.stream.account import Account, account
-from cgpt.stream.forecast import Forecast, Rates, Work, forecast, hides
+from cgpt.stream.forecast import Forecast, Rates, Work, forecast
+from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.hardware import DEVICES, DRIVE, LINKS, Hardware
-from cgpt.stream.limits import Budgets, bytes_text
+from cgpt.stream.limits import Budgets
 from cgpt.stream.placement import Placement
 from cgpt.stream.planner import DoesNotFit, Setting, place
 
@@ -124,7 +122,11 @@ def _settings(problem: Problem) -> Iterator[Setting]:
             continue
         count = -(-sequences // each)
         if problem.tokens_per_visit:
-            rows = [problem.tokens_per_visit // (each * seq_len)] if problem.tokens_per_visit % (each * seq_len) == 0 else []
+            rows = (
+                [problem.tokens_per_visit // (each * seq_len)]
+                if problem.tokens_per_visit % (each * seq_len) == 0
+                else []
+            )
         else:
             rows = sorted({-(-count // visits) for visits in range(1, count + 1)})
         for some in rows:

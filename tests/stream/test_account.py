@@ -8,9 +8,9 @@ import torch
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
-from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.model.presets import PRESETS
 from cgpt.stream.account import BACKWARD, HEAD_BYTES, KEPT, account, boundary_bytes
+from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.layout import layers_plan
 from cgpt.stream.placement import Placement
 from cgpt.stream.store import layers_of
