@@ -113,6 +113,8 @@ class NinjaBuildExt(build_ext):
         file.rule("cxx", f"{cxx} {' '.join(CXXFLAGS)} {defines} {includes} $flags -MMD -MF $out.d -c $in -o $out")
         for source in sorted(csrc.glob("*.cpp")):
             file.compile("cxx", source, source.stem)
+        for source in sorted((csrc / "host").glob("*.cpp")):
+            file.compile("cxx", source, f"host_{source.stem}")
         shared = [csrc / "cpu" / "isa.cpp", csrc / "cpu" / "threads.cpp"]
         for source in shared:
             file.compile("cxx", source, f"cpu_{source.stem}")

@@ -11,6 +11,7 @@
 #include "embedding.h"
 #include "gelu_mlp.h"
 #include "grad_norm.h"
+#include "host/bind.h"
 #include "layer_norm.h"
 #include "rotary.h"
 #include "tensor.h"
@@ -37,6 +38,12 @@ PYBIND11_MODULE(_native, m) {
     m.def("cpu_isas", &cpu_isas);
     m.def("set_cpu_isa", &set_cpu_isa);
     m.def("num_threads", &num_threads);
+    m.def("set_thread_count", [](int64_t n) {
+        // torch sets a thread's count the first time that it is asked there, and must not do so after this.
+        if (py::module_::import("sys").attr("modules").contains("torch"))
+            py::module_::import("torch").attr("get_num_threads")();
+        return set_thread_count(n);
+    });
     m.def("use_python_attributes", &use_python_attributes);
 
     const auto nogil = py::call_guard<py::gil_scoped_release>();
@@ -69,4 +76,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
     m.def("layer_norm_workspace", &layer_norm_workspace, nogil);
+    bind_host(m);
 }

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from cgpt import checkpoint
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
-from cgpt.stream.store import KINDS, build
+from cgpt.stream.build import build
+from cgpt.stream.record import MOMENTS
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, d_head=8, d_ff=32, vocab_size=61, seq_len=8)
 
@@ -22,14 +23,15 @@ def filled(precision="bf16", seed=0):
     for name in store.names():
         value = torch.randn(store.shape(name), generator=generator)
         value.view(-1)[0], value.view(-1)[1] = 1 + 2**-8, 1e-41
-        store.write(name, value)
-        for kind in KINDS:
-            store.moment(kind, name).copy_(torch.rand(store.shape(name), generator=generator))
+        with store.record(store.owner[name], writing=True) as record:
+            record.set_master(name, value)
+            for kind in MOMENTS:
+                record.view(kind, name).copy_(torch.rand(value.shape, generator=generator))
     return store
 
 
 def bits(store):
-    return [buffer.view(torch.uint8).clone() for buffer in store._buffers]
+    return [record.memory.clone() for record in store.records]
 
 
 def same(a, b):

@@ -10,6 +10,9 @@ namespace cgpt {
 
 int num_threads();  // what torch.get_num_threads() says
 
+// Threads for the work that the calling thread starts from now on, and for nobody else's. Returns the count before.
+int set_thread_count(int64_t n);
+
 // Calls body(i) for every i in [0, n), each once, on any thread. Tasks are handed out one at a time, so `n`
 // should be tens to hundreds; results must not depend on which thread runs a task, and then they do not
 // depend on the count.

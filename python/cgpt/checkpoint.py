@@ -16,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +34,10 @@ from cgpt.errors import InputError
 from cgpt.files import read_signed_json, sha256_of, sync_folder, write_signed_json
 from cgpt.model.gpt import GPT
 from cgpt.recipe import Recipe, read_config
-from cgpt.stream.store import KINDS, Store, build
+from cgpt.stream.build import build
+from cgpt.stream.record import MOMENTS, Record
+from cgpt.stream.snapshot import Snapshot
+from cgpt.stream.store import Store
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -40,8 +45,10 @@ LATEST = "latest"
 CHECKPOINTS = "checkpoints"  # in a run folder
 
 
-def save(folder: Path, store: Store, step: int, state: dict, keep: int = 2) -> Path:
+def save(folder: Path, source: Store | Snapshot, step: int, state: dict, keep: int = 2) -> Path:
     """Writes `folder`/step-N and removes all but the newest `keep`; returns its path.
+
+    source: the store as it is, or a snapshot of it.
 
     state: JSON values to get back on resume (tokens, data cursor, optimizer numbers, config). Raises OSError naming
     the file (full disk, read-only folder): the earlier checkpoints are then untouched and nothing partial is left.
@@ -53,28 +60,68 @@ def save(folder: Path, store: Store, step: int, state: dict, keep: int = 2) -> P
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)
         partial.mkdir()
+        failpoint("folder made")
         files = {}
-        for layer, names in zip(store.layers, store.owned, strict=True):
+        for index, layer in enumerate(source.layers):
             path = partial / f"{layer.name}.safetensors"
-            files[path.name] = _write_tensors(path, store, names)
+            with source.record(index) as record:
+                files[path.name] = _write_tensors(path, record)
+            failpoint(f"{layer.name} written")
         path = partial / MANIFEST
         versions = {name: _version(name) for name in ("cgpt-ext", "torch", "safetensors")}
         manifest = {"format": FORMAT, "step": step, "files": files, "versions": versions, **state}
         write_signed_json(path, manifest)
+        failpoint("manifest written")
         path = final
         sync_folder(partial)
         if final.exists():  # a damaged one of this step, which the resumed run has come to again
             shutil.rmtree(final)
+        failpoint("folder synced")
         partial.rename(final)
+        failpoint("renamed")
         sync_folder(folder)
         path = folder / LATEST
         _point_latest(folder, final.name)
+        failpoint("latest moved")
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
     for old in [name for name in steps(folder) if _step(name) <= step][keep:]:
         shutil.rmtree(folder / old, ignore_errors=True)
     return final
+
+
+class Saving:
+    """A checkpoint on its way to the disk while training goes on: `save` of a snapshot, on a thread of its own."""
+
+    def __init__(self, folder: Path, snapshot: Snapshot, step: int, state: dict, keep: int):
+        self._path: Path | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(folder, snapshot, step, state, keep), name="checkpoint")
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """The checkpoint's path, once it is whole. Raises what `save` raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._path
+
+    def _run(self, folder: Path, snapshot: Snapshot, step: int, state: dict, keep: int) -> None:
+        try:
+            self._path = save(folder, snapshot, step, state, keep)
+        except BaseException as error:  # whatever it is, training must not wait at the gate for ever
+            self._error = error
+        finally:
+            snapshot.drop()
+
+
+def failpoint(name: str) -> None:
+    """Nothing; a place where tests kill the process."""
 
 
 def newest(folder: Path) -> tuple[Path, dict, list[str]]:
@@ -129,17 +176,17 @@ def verify(path: Path) -> dict:
 
 def load(path: Path, store: Store, manifest: dict) -> None:
     """Fills `store` from a verified checkpoint: masters, and moments where the store trains."""
-    for layer, names in zip(store.layers, store.owned, strict=True):
+    for index, layer in enumerate(store.layers):
         file = path / f"{layer.name}.safetensors"
         if file.name not in manifest["files"]:
             raise InputError(f"{path}: wanted a checkpoint with layer {layer.name}, got none")
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in names:
-                    store.write(name, tensors.get_tensor(name))
+            with safe_open(file, framework="pt") as tensors, store.record(index, writing=True) as record:
+                for name in record.layout.names:
+                    record.set_master(name, tensors.get_tensor(name))
                     if store.training:
-                        for kind in KINDS:
-                            store.moment(kind, name).copy_(tensors.get_tensor(f"{kind}/{name}"))
+                        for kind in MOMENTS:
+                            record.view(kind, name).copy_(tensors.get_tensor(f"{kind}/{name}"))
         except SafetensorError as error:
             raise InputError(f"{file}: wanted the tensors of layer {layer.name}, got {error}") from error
 
@@ -151,25 +198,25 @@ def remove_partial(folder: Path) -> None:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
-def _tensors(store: Store, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(record: Record) -> Iterator[tuple[str, Tensor]]:
     """A layer's logical tensors, fp32 on the CPU, one in memory at a time."""
-    for name in names:
-        yield name, store.read(name)
-        for kind in KINDS:
-            yield f"{kind}/{name}", store.moment(kind, name).cpu()
+    for name in record.layout.names:
+        yield name, record.master(name)
+        for kind in MOMENTS:
+            yield f"{kind}/{name}", record.view(kind, name).cpu()
 
 
-def _write_tensors(path: Path, store: Store, names: list[str]) -> dict:
+def _write_tensors(path: Path, record: Record) -> dict:
     """Writes a safetensors file as a stream and syncs it; returns its size and sha256.
 
     By hand, because safetensors' own writer first copies every tensor of the file: an embedding and its moments are
     3 GB at 13B. The format is a length, a JSON header, and the bytes (huggingface/safetensors, README, "Format").
     """
     header, offset = {}, 0
-    for name in names:
-        for key in (name, *(f"{kind}/{name}" for kind in KINDS)):
-            size = store.shape(name).numel() * 4
-            header[key] = {"dtype": "F32", "shape": list(store.shape(name)), "data_offsets": [offset, offset + size]}
+    for name, shape in zip(record.layout.names, record.layout.shapes, strict=True):
+        for key in (name, *(f"{kind}/{name}" for kind in MOMENTS)):
+            size = math.prod(shape) * 4
+            header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
@@ -181,7 +228,7 @@ def _write_tensors(path: Path, store: Store, names: list[str]) -> dict:
             file.write(data)
 
         put(len(head).to_bytes(8, "little") + head)
-        for _, tensor in _tensors(store, names):
+        for _, tensor in _tensors(record):
             put(memoryview(np.ascontiguousarray(tensor.numpy(), dtype="<f4")).cast("B"))
         file.flush()
         os.fsync(file.fileno())

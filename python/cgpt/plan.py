@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
-from cgpt.model.layers import gpt_plans
 from cgpt.model.presets import PRESETS
 from cgpt.recipe import MICRO_BATCH_TOKENS
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.stream.account import Account, account
 from cgpt.stream.forecast import Forecast, Rates, Work, forecast, hides
+from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.hardware import DEVICES, DRIVE, LINKS, Hardware, Link
 from cgpt.stream.limits import Budgets, limits, parse_bytes
 from cgpt.stream.placement import Placement

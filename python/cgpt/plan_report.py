@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from cgpt.model.layers import gpt_plans
 from cgpt.plan import Found
 from cgpt.stream.forecast import exposed_optimizer
+from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.hardware import DRIVE
 from cgpt.stream.limits import bytes_text
 from cgpt.stream.placement import TIERS

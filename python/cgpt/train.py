@@ -46,9 +46,10 @@ from cgpt.recipe import (
 )
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.schedule import learning_rate
+from cgpt.stream.build import build, check_device
 from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.optimizer import AdamW
-from cgpt.stream.store import Store, build, check_device
+from cgpt.stream.store import Store
 from cgpt_ext import dispatch
 
 SAMPLE_PROMPT = 16  # tokens of held-out text that the sample at the end continues
@@ -288,7 +289,9 @@ def sample(run: Run) -> str:
     if max(prompt) >= gpt2().n_vocab:
         return "not shown: the tokens are not GPT-2's"
     prompt = [token for token in prompt if token != EOT] or [EOT]
-    ids = generate(run.model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=run.recipe.seed, eot=EOT)
+    ids = generate(
+        run.model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=run.recipe.seed, eot=EOT, walk=run.executor
+    )
     return f"{gpt2().decode(prompt)}|{gpt2().decode(list(ids))}"
 
 

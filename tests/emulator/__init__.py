@@ -155,7 +155,7 @@ def device() -> Device:
     """cgpt_ext's own kernels, compiled where a source has changed since the last time."""
     WORK.mkdir(parents=True, exist_ok=True)
     farm = _farm()
-    sources = sorted(farm.glob("*.cpp")) + sorted((farm / "cuda").glob("*.cpp"))
+    sources = [p for folder in (farm, farm / "cuda", farm / "host") for p in sorted(folder.glob("*.cpp"))]
     return Device(_ninja("_native", sources, sorted((farm / "cuda").glob("*.cu"))))
 
 

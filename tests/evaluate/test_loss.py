@@ -9,8 +9,8 @@ from cgpt.data.prepare import open_corpus
 from cgpt.data.tokenizer import bytes_of
 from cgpt.evaluate.loss import held_out_loss, windows_within
 from cgpt.model.init import init_parameter
+from cgpt.stream.build import build
 from cgpt.stream.executor import Executor
-from cgpt.stream.store import build
 from nano import NANO, write_corpus
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from cgpt_ext import _native
+
 
 def layer_norm_fwd():
     x, w = torch.randn(6, 16), torch.randn(16)
@@ -157,6 +159,10 @@ def rotary():
     return [x, torch.randn(6, 3), torch.randn(6, 3), torch.zeros_like(x), False, True]
 
 
+def set_thread_count():
+    return [_native.num_threads()]
+
+
 def split_master():
     return [torch.randn(3, 5), torch.zeros(3, 5).bfloat16(), torch.zeros(3, 5, dtype=torch.int16)]
 
@@ -207,6 +213,7 @@ CALLS = [
         layer_norm_fwd,
         layer_norm_workspace,
         rotary,
+        set_thread_count,
         split_master,
     )
 ]

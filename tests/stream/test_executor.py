@@ -7,8 +7,9 @@ from toy import DEPTH, Plain, batches, layers
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
+from cgpt.stream.build import build
 from cgpt.stream.executor import Executor
-from cgpt.stream.store import Layer, Store, build
+from cgpt.stream.store import Layer, Store
 
 
 def toy(precision="fp32", kind=Store):
@@ -68,12 +69,33 @@ def test_the_loss_scale_multiplies_gradients_and_not_the_loss():
     assert all(torch.equal(scaled.by_name[name], plain.by_name[name] * 1024) for name in plain.by_name)
 
 
-def test_one_contribution_keeps_its_dtype_and_sums_are_fp32():
+def test_contributions_are_summed_in_fp32_in_their_order_and_rounded_once():
     executor, _ = toy("bf16")
-    one, two = (executor.gradients([batches(sizes)]).by_name for sizes in ((4,), (2, 2)))
-    assert one["h.1.1.weight"].dtype == torch.bfloat16
-    assert one["wte.weight"].dtype == torch.float32  # the embedding's and the head's
-    assert {gradient.dtype for gradient in two.values()} == {torch.float32}
+    step = batches((2,) * 7)
+    got = executor.gradients([step]).by_name
+    alone = [executor.gradients([[batch]], 2**10 / 7).by_name for batch in step]
+    for name, gradient in got.items():
+        assert gradient.dtype == executor.store.dtype
+        if name == "wte.weight":  # the embedding's and the head's parts are summed apart
+            continue
+        total = torch.zeros_like(gradient, dtype=torch.float32)
+        for part in alone:
+            total += part[name]
+        want = total.to(gradient.dtype)
+        # a contribution is scaled by its share before it is rounded; a power of two more is the same but for the scale
+        assert torch.equal(gradient, want / 2**10), name
+
+
+def test_sums_of_many_small_contributions_do_not_stand_still():
+    """In bf16 256 + 1 is 256."""
+    model = Plain()
+    stops = layers(model)
+    stops[1] = Layer("h.0", lambda x: x + 0 * model.h[0](x) + 1e-3 * model.h[0][1].bias, stops[1].parameters)
+    executor = Executor(Store(stops, "bf16"))
+    step = batches((1,) * 600)
+    gradient = executor.gradients([[batch] for batch in step]).by_name["h.0.1.bias"]
+    whole = executor.gradients([[tuple(torch.cat(part) for part in zip(*step, strict=True))]]).by_name["h.0.1.bias"]
+    assert (gradient.float() - whole.float()).norm() <= 0.02 * whole.float().norm()
 
 
 def test_evaluation_gives_the_training_loss_and_no_graph():
@@ -94,15 +116,17 @@ class Recording(Store):
         self.log.append(("gather", index))
         self.here.append(index)
         self.most = max(self.most, len(self.here))
+        super().gather(index)
 
     def get(self, index):
         assert index in self.here
         self.log.append(("get", index))
         return super().get(index)
 
-    def release(self, index):
+    def release(self, index, event):
         self.log.append(("release", index))
         self.here.remove(index)
+        super().release(index, event)
 
 
 @pytest.mark.parametrize("training", [True, False])

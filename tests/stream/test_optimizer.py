@@ -7,7 +7,8 @@ from toy import Plain, batches, layers
 
 from cgpt.errors import InputError
 from cgpt.stream import optimizer as room
-from cgpt.stream.executor import Executor, Gradients
+from cgpt.stream.executor import Executor
+from cgpt.stream.gradients import Gradients
 from cgpt.stream.optimizer import FIRST_LOSS_SCALE, AdamW
 from cgpt.stream.store import Store
 
@@ -22,7 +23,7 @@ def toy(precision, **options):
 
 
 def state_bytes(store):
-    return [buffer.view(torch.uint8).clone() for buffer in store._buffers]
+    return [record.memory.clone() for record in store.records]
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e6, 0.0])
@@ -55,7 +56,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_leaves_every_bit(preci
     ours.step(found, 1e-3)
     before = state_bytes(store)
     found.by_name["ln_f.bias"][0] = bad
-    assert not ours.step(Gradients(found.loss, found.by_name, bad), 1e-3)
+    assert not ours.step(Gradients(found.loss, found.by_name, {}, bad), 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, state_bytes(store), strict=True))
     assert (ours.updates, ours.skipped) == (1, 1)
 
@@ -81,7 +82,7 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_good_steps(monkeypa
         good.append(ours.step(Executor(store).gradients([step], ours.loss_scale), 1e-4))
     assert good.count(True) == ours.updates == 3
     assert ours.loss_scale == scale * 2
-    ours.step(Gradients(1.0, {}, math.inf), 1e-4)
+    ours.step(Gradients(1.0, {}, {}, math.inf), 1e-4)
     assert ours.loss_scale == scale
 
 
@@ -97,7 +98,7 @@ def test_loss_scale_does_not_change_the_update():
 
 def test_a_run_that_only_skips_is_ended():
     _, ours, _ = toy("bf16")
-    bad = Gradients(1.0, {}, math.nan)
+    bad = Gradients(1.0, {}, {}, math.nan)
     assert not any(ours.step(bad, 1e-3) for _ in range(49))
     with pytest.raises(InputError, match="gradients: wanted a finite norm, got nan in 50 steps in a row"):
         ours.step(bad, 1e-3)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from cgpt.model.config import GPTConfig
-from cgpt.model.layers import gpt_plans
 from cgpt.stream.account import account
+from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.limits import Budgets
 from cgpt.stream.planner import DoesNotFit, Setting, place
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from cgpt.errors import InputError
 from cgpt.model.gpt import GPT
 from cgpt.model.init import counter_rng
+from cgpt.stream.executor import Executor
 
 
 def generate(
@@ -26,16 +27,18 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eot: int | None = None,
+    walk: Executor | None = None,
 ) -> Iterator[int]:
     """Yield up to max_tokens token ids that continue `ids`, each as soon as it is known.
 
     temperature 0 takes the most probable token (the lowest id among equals); top_k 0 and top_p 1 cut nothing.
     Ends before max_tokens when `eot` is drawn, which is not yielded. Past the model's seq_len the context
-    slides: its last seq_len tokens are read, from position 0. Raises InputError at the call for bad
+    slides: its last seq_len tokens are read, from position 0. walk: runs the model where its weights are not all
+    on the device. Raises InputError at the call for bad
     arguments, and at a step whose logits are not finite.
     """
     _check(model, ids, max_tokens, temperature, top_k, top_p)
-    return _stream(model, list(ids), max_tokens, temperature, top_k, top_p, seed, eot)
+    return _stream(model, list(ids), max_tokens, temperature, top_k, top_p, seed, eot, walk)
 
 
 def _check(model: GPT, ids: Sequence[int], max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
@@ -63,9 +66,10 @@ def _stream(
     top_p: float,
     seed: int,
     eot: int | None,
+    walk: Executor | None,
 ) -> Iterator[int]:
     for _ in range(max_tokens):
-        logits = _last_logits(model, ids[-model.config.seq_len :])
+        logits = _last_logits(model, ids[-model.config.seq_len :], walk)
         if not torch.isfinite(logits).all():
             raise InputError(f"generate: the model's logits at position {len(ids)} must be finite, got NaN or Inf")
         if temperature == 0:
@@ -80,8 +84,10 @@ def _stream(
 
 
 @torch.no_grad()  # here, not around the loop: a generator's context would leak to its caller between tokens
-def _last_logits(model: GPT, ids: list[int]) -> Tensor:
+def _last_logits(model: GPT, ids: list[int], walk: Executor | None) -> Tensor:
     """Logits (V,) of the token after `ids`, fp64 on the CPU; the wide head sees one position only."""
+    if walk is not None:
+        return walk.logits(torch.tensor([ids], device=walk.store.device))[0].double().cpu()
     x = model.embed(torch.tensor([ids], device=model.wte.weight.device))
     for block in model.h:
         x = block(x)

@@ -5,160 +5,242 @@
 
 Each turn brings its layer by `gather`, one layer ahead of the arithmetic, `get`s it and `release`s it; where the
 weights come from is the store's business. A layer handles all micro-batches of a visit before the next layer's turn,
-so a visit moves every weight twice however many they are. Between layers the activations are detached: a layer's
-gradient is one torch.autograd.grad over its own graph, kept from the way up.
+so a visit moves every weight twice however many they are. Between layers the activations are detached. A layer's
+gradient is one torch.autograd.grad over its own graph: kept from the way up, or made again from the layer's input on
+the way down (Chen et al. 2016, arXiv 1604.06174), which a layer whose weights do not stay on the device must do.
 
-Gradients: a single contribution is used as it comes; several (micro-batches, or the tied wte read by embedding and
-head) are summed in fp32, each reader's in the order of the micro-batches, then the readers' from the head down. So
-the bits do not depend on how micro-batches are grouped into visits. Losses are fp32, their mean double.
+Losses are fp32, their mean double.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cgpt.stream.store import Layer, Store
-from cgpt_ext import grad_norm
+from cgpt.stream.activations import Boundaries
+from cgpt.stream.devices import Event
+from cgpt.stream.gradients import Gradients, Sums
+from cgpt.stream.store import Store
 
 Batch = tuple[Tensor, Tensor]  # one micro-batch: ids and targets, both (B, T) int64
-
-
-@dataclass
-class Gradients:
-    """One step's gradients, times the loss scale it was asked with.
-
-    loss: mean over all samples in nats per token, not scaled.
-    by_name: parameter name -> gradient, fp32 or the working dtype.
-    norm: global L2 norm: the layers' norms, squared and summed in layer order in double.
-    """
-
-    loss: float
-    by_name: dict[str, Tensor]
-    norm: float
 
 
 class Executor:
     """Walks the store's layers, for training and for evaluation."""
 
-    def __init__(self, store: Store):
-        self.store = store
+    def __init__(self, store: Store, seed: int | None = None):
+        self.store, self.lanes, self.seed = store, store.lanes, seed
+        self.step = 0  # calls of `gradients`, which random numbers are counted by
+        away = store.training and store.placement.activations == "host"
+        self._boundaries = Boundaries(store) if away else None
 
     def loss(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the samples of `batches`, forward only and without a graph."""
-        return sum(self._walk(batches, _shares([batches])[0])).item()
+        return self.lanes.number(self._whole(lambda: sum(_Walk(self, batches, _shares([batches])[0]).up())))
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, V) after the last position, by the head's `logits`; forward only."""
+
+        def head(x: Tensor) -> Tensor:
+            return self.store.layers[-1].module.logits(x[:, -1:])[:, 0]
+
+        return self._whole(lambda: _Walk(self, [(ids, ids)], [1.0]).up(head)[0])
 
     def gradients(self, visits: Sequence[Sequence[Batch]], loss_scale: float = 1.0) -> Gradients:
         """Loss, gradients and their norm over all micro-batches of all visits; they may differ in size.
 
-        A visit holds the activations of its micro-batches at once: several visits bound that memory, several
+        A visit holds its micro-batches' activations between layers at once: several visits bound that memory, several
         micro-batches a visit save weight traffic.
         """
-        sums, losses = _Sums(self.store), []
-        for left, visit, shares in zip(reversed(range(len(visits))), visits, _shares(visits), strict=True):
-            losses += self._walk(visit, shares, sums, loss_scale, last=left == 0)
-        norm = torch.stack(sums.norms[::-1]).double().square().sum().sqrt()
-        return Gradients(sum(losses).item(), sums.by_name, norm.item())
 
-    def _walk(
+        def work() -> Gradients:
+            sums, losses = Sums(self.store, sum(map(len, visits))), []
+            for left, visit, shares in zip(reversed(range(len(visits))), visits, _shares(visits), strict=True):
+                losses += _Walk(self, visit, shares, sums, loss_scale, left == 0, len(losses)).up_and_down()
+            self.step += 1
+            return Gradients(self.lanes.number(sum(losses)), sums.by_name, sums.ready, sums.norm())
+
+        return self._whole(work)
+
+    def _whole(self, work):
+        """Runs a walk; one that an error ends leaves a store that can be walked again."""
+        try:
+            return work()
+        except BaseException:
+            self.store.abandon()
+            if self._boundaries is not None:
+                self._boundaries.abandon()
+            raise
+
+
+class _Walk:
+    """One visit of all layers by `batches`; sums: where gradients go, None for a forward alone."""
+
+    def __init__(
         self,
+        executor: Executor,
         batches: Sequence[Batch],
         shares: list[float],
-        sums: _Sums | None = None,
+        sums: Sums | None = None,
         loss_scale: float = 1.0,
         last: bool = True,
-    ) -> list[Tensor]:
-        """One visit; returns each micro-batch's loss times its share of the step's samples, double."""
-        head = len(self.store.layers) - 1
-        turns = self._turns([*range(head + 1), *(reversed(range(head)) if sums else ())])
-        flow = [ids for ids, _ in batches]  # activations on the way up, their gradients on the way down
-        tape: list[list] = [[] for _ in range(head)]
-        losses = []
-        for index, layer in turns:
-            if index == head:
-                break
-            for i, x in enumerate(flow):
-                x, y = _forward(layer, x, sums is not None)
-                flow[i] = y.detach()
-                if sums:
-                    tape[index].append((x, y))
-        for i, (_, targets) in enumerate(batches):
-            x, loss = _forward(layer, flow[i], sums is not None, targets)
-            losses.append(loss.detach().double() * shares[i])
-            if sums:
-                flow[i] = sums.add(head, x, loss, torch.full_like(loss, shares[i] * loss_scale))
-        if sums and last:
-            sums.finish(head)
-        for index, _ in turns:
-            for i in range(len(flow)):
-                flow[i] = sums.add(index, *tape[index][i], flow[i])
-                tape[index][i] = None  # frees the layer's saved activations
-            if last:
-                sums.finish(index)
+        first: int = 0,
+    ):
+        self.store, self.lanes, self.boundaries = executor.store, executor.lanes, executor._boundaries
+        self.batches, self.shares, self.sums, self.loss_scale, self.last = batches, shares, sums, loss_scale, last
+        self.draws = None if executor.seed is None else (executor.seed, executor.step, first)
+        self.head = len(self.store.layers) - 1
+        self.flow = [ids for ids, _ in batches]  # activations on the way up, their gradients on the way down
+        self.made: list[Event | None] = [None] * len(self.flow)  # ends what made each
+        self.tape: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}  # (layer, row) -> input, and output if kept
+        self.event: Event | None = None  # ends the turn's last arithmetic
+
+    def up(self, head: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """Each micro-batch's loss times its share of the step's samples, double; or what `head` makes of it."""
+        turns = self._turns(list(range(self.head + 1)))
+        self._climb(turns)
+        index, after = next(turns)
+        results = self._top(index, after) if head is None else self._end(index, after, head)
+        next(turns, None)  # gives the head back
+        return results
+
+    def up_and_down(self) -> list[Tensor]:
+        """The same, and the gradients."""
+        turns = self._turns([*range(self.head + 1), *reversed(range(self.head))])
+        self._climb(turns)
+        losses = self._top(*next(turns))
+        for index, after in turns:
+            self._descend(index, after)
         return losses
 
-    def _turns(self, order: list[int]) -> Iterator[tuple[int, Layer]]:
-        self.store.gather(order[0])
-        for here, ahead in zip(order, [*order[1:], None], strict=True):
-            if ahead is not None:
-                self.store.gather(ahead)
-            yield here, self.store.get(here)
-            self.store.release(here)
+    def _turns(self, order: list[int]) -> Iterator[tuple[int, list[Event]]]:
+        """Each layer's turn, the next one's weights, activations and sums on their way; ends with its release."""
+        fetched = self._gather(order, 0)
+        for place, here in enumerate(order):
+            ahead = self._gather(order, place + 1)
+            _, after = self.store.get(here)
+            self.event = None
+            yield here, [*after, *fetched]
+            self.store.release(here, self.event)
+            fetched = ahead
 
+    def _gather(self, order: list[int], place: int) -> list[Event]:
+        if place == len(order):
+            return []
+        index = order[place]
+        self.store.gather(index)
+        if self.sums is None or place < self.head:
+            return []
+        if self.boundaries is not None:
+            self.boundaries.bring(index)
+        return self.sums.fetch(index)
 
-class _Sums:
-    """Gradients as they are produced: by reader and parameter while micro-batches come, by parameter when done."""
+    def _climb(self, turns: Iterator[tuple[int, list[Event]]]) -> None:
+        """Forward to the head's door."""
+        for index, after in turns:
+            keep = self.sums is not None and not self.store.placement.recompute[index]
+            for row, x in enumerate(self.flow):
+                if self.sums is not None and not keep:
+                    self._keep_input(index, row, x)
 
-    def __init__(self, store: Store):
-        self.by_name: dict[str, Tensor] = {}
-        self.norms: list[Tensor] = []
-        self._store = store
-        self._parts: dict[tuple[int, str], Tensor] = {}
-        self._summed: set[tuple[int, str]] = set()
+                def work(index=index, row=row, x=x, keep=keep) -> tuple[Tensor, Tensor]:
+                    return self._run(index, row, x, keep)
 
-    def add(self, index: int, x: Tensor, y: Tensor, dy: Tensor) -> Tensor | None:
-        """Differentiates one micro-batch through layer `index`; returns the gradient of x, None for token ids."""
-        parameters = self._store.layers[index].parameters
-        inputs = [x] if x.requires_grad else []
-        found = torch.autograd.grad(y, [*inputs, *parameters.values()], dy, allow_unused=True)
-        for name, gradient in zip(parameters, found[len(inputs) :], strict=True):
-            key = index, name
-            if gradient is None:
-                continue
-            if key not in self._parts:
-                self._parts[key] = gradient.contiguous()
-            elif key in self._summed:
-                self._parts[key].add_(gradient)
-            else:
-                self._parts[key] = self._parts[key].to(torch.float32, copy=True).add_(gradient)
-                self._summed.add(key)
-        return found[0] if inputs else None
+                x, y = self._compute(index, "forward", row, 2, after, work)
+                self.flow[row], self.made[row] = y.detach(), self.event
+                if keep:
+                    self.tape[index, row] = x, y
+            if index == self.head - 1:
+                return
 
-    def finish(self, index: int) -> None:
-        """What layer `index` owns is complete: its readers lie above it and have had their turn."""
-        mine = []
-        for name in self._store.owned[index]:
-            readers = [i for i in reversed(range(len(self._store.layers))) if (i, name) in self._parts]
-            parts = [self._parts.pop((reader, name)) for reader in readers]
-            if len(parts) > 1:
-                parts[0] = parts[0].to(torch.float32)
-            for part in parts[1:]:
-                parts[0] = parts[0].add_(part)
-            if parts:
-                self.by_name[name] = parts[0]
-                mine.append(parts[0])
-        self.norms.append(grad_norm(mine) if mine else torch.zeros((), device=self._store.device))
+    def _keep_input(self, index: int, row: int, x: Tensor) -> None:
+        if self.boundaries is not None and index:
+            self.boundaries.keep(index, row, x, self.made[row])
+        else:
+            self.tape[index, row] = x, None
 
+    def _top(self, index: int, after: list[Event]) -> list[Tensor]:
+        """The head's turn: losses, and the first gradients."""
+        losses = []
+        for row, (_, targets) in enumerate(self.batches):
 
-def _forward(layer: Layer, x: Tensor, training: bool, *targets: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.set_grad_enabled(training):
-        x = x.detach()
-        if training and x.is_floating_point():
-            x.requires_grad_()
-        return x, layer.module(x, *targets)
+            def work(row=row, targets=targets) -> Tensor:
+                x, loss = self._run(index, row, self.flow[row], self.sums is not None, targets)
+                if self.sums is not None:
+                    dloss = torch.full_like(loss, self.shares[row] * self.loss_scale)
+                    self.flow[row] = self.sums.add(index, x, loss, dloss)
+                return loss.detach().double() * self.shares[row]
+
+            losses.append(self._compute(index, "head", row, 2 if self.sums is None else 6, after, work))
+        self._end_of_backward(index)
+        return losses
+
+    def _end(self, index: int, after: list[Event], head: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            work = [lambda x=x: head(x) for x in self.flow]
+            return [self._compute(index, "logits", row, 2, after, work[row]) for row in range(len(work))]
+
+    def _descend(self, index: int, after: list[Event]) -> None:
+        """One layer's backward."""
+        again = self.store.placement.recompute[index]
+        for row in range(len(self.flow)):
+            away = (index, row) not in self.tape
+            x, y = self.tape.pop((index, row), (None, None))  # frees the layer's saved activations
+            ready = [*after, *self.sums.after()]
+            if away:
+                x, event = self.boundaries.take(index, row)
+                ready.append(event)
+
+            def work(row=row, x=x, y=y) -> None:
+                if y is None:
+                    x, y = self._run(index, row, x, True)
+                self.flow[row] = self.sums.add(index, x, y, self.flow[row])
+
+            self._compute(index, "backward", row, 6 if again else 4, ready, work)
+            del x, y, work
+            if away:
+                self.boundaries.give_back(index, row, self.event)
+        self._end_of_backward(index)
+
+    def _end_of_backward(self, index: int) -> None:
+        if self.sums is None:
+            return
+        if self.last:
+            self.sums.finish(index)
+        else:
+            self.sums.park(index, self.event)
+
+    def _run(self, index: int, row: int, x: Tensor, training: bool, *targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(layer `index`'s input as a leaf, its output), with a graph where training."""
+        with torch.set_grad_enabled(training), self._drawing(index, row):
+            x = x.detach()
+            if training and x.is_floating_point():
+                x.requires_grad_()
+            return x, self.store.layers[index].module(x, *targets)
+
+    @contextlib.contextmanager
+    def _drawing(self, index: int, row: int) -> Iterator[None]:
+        """Random numbers that modules draw in here depend on seed, step, micro-batch and layer alone."""
+        if self.draws is None:
+            yield
+            return
+        seed, step, first = self.draws
+        device = self.store.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            key = np.random.SeedSequence((seed, step, first + row, index)).generate_state(1, np.uint64)
+            torch.manual_seed(int(key[0]))
+            yield
+
+    def _compute(self, index: int, what: str, row: int, passes: int, after: list[Event], work):
+        """`passes` times the layer's parameters times the tokens is its arithmetic; a lookup does none."""
+        multiplied = self.store.plans[index].reads.parameters if index else 0
+        flops = passes * multiplied * self.batches[row][0].numel()
+        result, self.event = self.lanes.compute(f"{self.store.layers[index].name} {what}", work, after, flops)
+        return result
 
 
 def _shares(visits: Sequence[Sequence[Batch]]) -> list[list[float]]:

@@ -12,11 +12,13 @@ from 2^16, doubled after 2000 good steps in a row, halved by each step that over
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from cgpt.errors import InputError
-from cgpt.stream.executor import Gradients
+from cgpt.stream.gradients import Gradients
+from cgpt.stream.record import Group, Record
 from cgpt.stream.store import Store
 from cgpt_ext import adamw_
 
@@ -52,6 +54,9 @@ class AdamW:
     def step(self, gradients: Gradients, lr: float) -> bool:
         """Updates every parameter that has a gradient; False where the whole step was skipped.
 
+        The clip is exact and known here, so nothing waits for it: records on the device are updated now, the others
+        on the optimizer's lane, layer by layer just ahead of the next walk that gathers them.
+
         Raises InputError after MOST_SKIPS skipped in a row: that run learns nothing.
         """
         if not math.isfinite(gradients.norm):
@@ -68,27 +73,45 @@ class AdamW:
         self.skipped_in_a_row = 0
         norm = gradients.norm / self.loss_scale
         clip = self.clip / norm if self.clip and norm > self.clip else 1.0
-        scale = torch.tensor(clip / self.loss_scale, dtype=torch.float32, device=self.store.device)
         self.updates += 1
-        for groups in self.store.groups:
-            for group in groups:
-                self._update(group, gradients, lr, scale)
+        for index, layer in enumerate(self.store.layers):  # in forward order: the next step's walk asks in that order
+            work = self._update_of(gradients, index, clip / self.loss_scale, lr)
+            if work is not None:
+                ready = [gradients.ready[index]] if index in gradients.ready else []
+                self.store.update(index, f"{layer.name} AdamW", work, ready)
         self.good_steps += 1
         if self.dynamic and self.good_steps == GOOD_STEPS:
             self.loss_scale *= 2
             self.good_steps = 0
         return True
 
-    def _update(self, group, gradients: Gradients, lr: float, scale: torch.Tensor) -> None:
-        there = [i for i, name in enumerate(group.names) if name in gradients.by_name]
+    def _update_of(
+        self, gradients: Gradients, index: int, grad_scale: float, lr: float
+    ) -> Callable[[Record], None] | None:
+        """What updates a record of layer `index` when called; None where nothing of it has a gradient."""
+        found = {name: gradients.by_name[name] for name in self.store.owned[index] if name in gradients.by_name}
+        if not found:
+            return None
+        updates = self.updates
+        device = next(iter(found.values())).device
+        scale = torch.tensor(grad_scale, dtype=torch.float32, device=device)
+
+        def work(record: Record) -> None:
+            for group in record.groups():
+                self._update(group, found, updates, lr, scale)
+
+        return work
+
+    def _update(self, group: Group, found: dict[str, torch.Tensor], updates: int, lr: float, scale) -> None:
+        there = [i for i, name in enumerate(group.names) if name in found]
         if not there:
             return
         adamw_(
-            [group.working[i].detach() for i in there],
-            [gradients.by_name[group.names[i]] for i in there],
+            [group.working[i] for i in there],
+            [found[group.names[i]] for i in there],
             [group.exp_avg[i] for i in there],
             [group.exp_avg_sq[i] for i in there],
-            self.updates,
+            updates,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,

@@ -20,7 +20,8 @@ class Placement:
     activations: where what flows between layers waits for backward, "device" or "host".
     micro_batches: how many a visit takes through a layer before the next layer's turn.
     visits: the most that a step has. With several, what is not on the device gets partial sums of gradients in fp32.
-    boundary: bytes of the activations of one micro-batch between two layers, where they wait on the host.
+    boundary: bytes of the activations of one micro-batch between two layers, where they wait on the host; a multiple
+        of 128.
     """
 
     weights: tuple[str, ...]

@@ -1,35 +1,34 @@
-"""The single authority on parameters: every layer's working weights, master weights and AdamW moments.
+"""The single authority on parameters: every layer's weights, masters and moments, wherever they live.
 
-A layer owns one flat buffer of each kind, parameters side by side: those with weight decay first, then the biases
-and LayerNorm's (Cerebras-GPT section 2.2 leaves them undecayed), so that the optimizer sees two stretches a layer.
+    home     a layer's record (record.py): in the device's arena, in the host's, or in a file
+    copies   of the working weights alone: on the device for good, in a slot of the device for one turn, on the host
+             before a disk. A copy carries the version of the record it was made from, and is used in no other.
 
-    precision  working weights       master                              bytes a parameter
-    bf16       bf16, the high half   int16, the low half: split master   2 + 2 + 8 = 12
-    fp16       fp16, rounded         fp32                                2 + 4 + 8 = 14
-    fp32       fp32, the master      none                                4 + 8     = 12
+    gather(l)   submits what brings layer l's weights to the device: nothing, a copy, or a disk's read and a copy
+    get(l)      the layer with its modules' parameters set to that memory, and the events to stand behind
+    release(l)  gives the slot back, once the layer's arithmetic is done
+    update(l)   runs the optimizer on the record, on the device or on the lanes of the host
 
-exp_avg and exp_avg_sq are fp32. The modules' parameters are views of the working buffer, never copies. A parameter
-that two layers read (the tied wte: embedding and head) belongs to the first of them.
+A parameter that two layers read (the tied wte: embedding and head) has its home with the first of them. Where a layer
+is not on the device its parameters read as NaN: nobody computes with weights that are not there and does not notice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from cgpt.errors import InputError
-from cgpt.model.config import GPTConfig
-from cgpt.model.gpt import GPT
+from cgpt.stream.buffers import Buffer, Ring
+from cgpt.stream.devices import Device, Event, open_device
+from cgpt.stream.host import DiskTier, HostMemory
+from cgpt.stream.layout import LayerPlan, Layout, layers_plan
+from cgpt.stream.needs import SLOTS, STAGING, Needs, disk_bytes, needs
 from cgpt.stream.placement import Placement
-from cgpt_ext import join_master, split_master
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KINDS = ("exp_avg", "exp_avg_sq")
-
-ALIGNMENT = 32  # elements: every parameter starts on a cache line in each buffer, int16 ones included
+from cgpt.stream.record import DTYPES, Record, parameter_view, record_bytes, sections
 
 
 @dataclass(frozen=True)
@@ -46,177 +45,420 @@ class Layer:
     parameters: dict[str, nn.Parameter]
 
 
-def layers_of(model: GPT) -> list[Layer]:
-    """embed, h.0, ..., head: the stops of a GPT, with its parameters under Hugging Face GPT-2's names."""
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of `owner`'s working weights that a slot holds: elements, from the owner's start to the slot's."""
 
-    def reads(*prefixes: str) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
-
-    blocks = [Layer(f"h.{i}", block, reads(f"h.{i}.")) for i, block in enumerate(model.h)]
-    head = Layer("head", model.head, reads("ln_f.") | reads("wte."))
-    return [Layer("embed", model.embed, reads("wte.", "wpe.")), *blocks, head]
-
-
-def check_device(device: str) -> None:
-    """Raises InputError where torch finds no such device."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device: wanted cuda, got a machine where torch {torch.__version__} finds no CUDA device")
+    owner: int
+    source: int
+    slot: int
+    size: int
 
 
-def build(shape: GPTConfig, precision: str, device: str, *, training: bool = True) -> tuple[GPT, Store]:
-    """A GPT with its parameters in a store, all zero. Raises InputError where there is no such device."""
-    check_device(device)
-    with torch.device("meta"):
-        model = GPT(shape)
-    return model, Store(layers_of(model), precision, device, training=training)
-
-
-@dataclass
-class Group:
-    """What AdamW is given at once: one layer's decayed or undecayed parameters, as parallel lists of views."""
-
-    decayed: bool
-    names: list[str] = field(default_factory=list)
-    working: list[Tensor] = field(default_factory=list)
-    lows: list[Tensor] | None = None
-    masters: list[Tensor] | None = None
-    exp_avg: list[Tensor] = field(default_factory=list)
-    exp_avg_sq: list[Tensor] = field(default_factory=list)
+def plans_of(layers: Sequence[Layer]) -> list[LayerPlan]:
+    """The layers in numbers, for the planner."""
+    return layers_plan([(x.name, {name: tuple(p.shape) for name, p in x.parameters.items()}) for x in layers])
 
 
 class Store:
-    """Holds `layers`' parameters in `precision` on `device`, with masters and moments when `training`.
+    """Holds `layers`' parameters in `precision`, with masters and moments when `training`, as `placement` says.
 
-    The modules may have been built on the meta device: their parameters become views of the store's buffers, zero
-    until `write` or a checkpoint fills them. Raises InputError for an unknown precision.
+    The modules may have been built on the meta device. Every parameter is zero until `write` or a checkpoint fills it.
+    device: an open Device whose arena has room (`needs`), or "cpu" or "cuda" for one made to measure. disk: the file
+    for layers whose home is the disk. Raises InputError for an unknown precision and for memory that is not there,
+    OSError for the disk.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
         precision: str = "bf16",
-        device: str | torch.device = "cpu",
+        device: str | torch.device | Device = "cpu",
         *,
         training: bool = True,
         placement: Placement | None = None,
+        disk: str | None = None,
     ):
-        if precision not in DTYPES:
-            raise InputError(f"precision must be one of {', '.join(DTYPES)}, got {precision}")
         self.layers = list(layers)
-        self.precision = precision
-        self.device = torch.device(device)
-        self.training = training
+        self.plans = plans_of(self.layers)
+        self.precision, self.training = precision, training
         self.placement = placement or Placement.resident(len(self.layers))
-        self.owned: list[list[str]] = []  # layer -> names of its own parameters, decayed first
-        self.groups: list[tuple[Group, Group]] = []  # layer -> (decayed, undecayed)
-        self._slots: dict[str, tuple[Group, int]] = {}
-        self._buffers: list[Tensor] = []
-        for layer in self.layers:
-            self._adopt(layer)
+        widths = [dtype.itemsize for dtype in sections(precision, training).values()]
+        self.dtype = DTYPES[precision]
+        wanted = needs(self.plans, self.placement, widths[0], sum(widths), training)
+        self.lanes = device if isinstance(device, Device) else open_device(str(device), wanted.device)
+        self.device = self.lanes.torch_device
+        self.host = HostMemory(wanted.host, pinned=self.device.type == "cuda")
+        self.disk = DiskTier(disk, wanted.disk) if wanted.disk else None
+        self.owner = {name: i for i, plan in enumerate(self.plans) for name in plan.owned.names}
+        count = len(self.layers)
+        self.versions = [0] * count
+        self._copied = [0] * count  # the version of the copy that is kept on the device
+        self._updated: list[Event | None] = [None] * count  # ends the last update of the record
+        self._working: list[Event | None] = [None] * count  # and of the weights that copies are made from
+        self._fresh: list[Event | None] = [None] * count  # ends the last renewal of the kept copy
+        self._read: list[dict[str, Event]] = [{} for _ in range(count)]  # the last to read the record, by lane
+        self._held: dict[int, Buffer] = {}
+        self.snapshot = None  # a Snapshot while one is being saved
+        self._allocate(wanted)
+        self._adopt_parameters()
+
+    # The walk's three verbs, and the optimizer's one ---------------------------------------------------------------
 
     def gather(self, index: int) -> None:
-        """Starts bringing layer `index` to the device. Resident: it is there."""
+        """Starts bringing layer `index` to the device. Kept there: it is there, or is renewed."""
+        for owner in sorted({self.owner[name] for name in self.plans[index].reads.names}):
+            if self.kept[owner] is not None and self._copied[owner] != self.versions[owner]:
+                self._renew(owner)
+        if self._pieces[index]:
+            slot = self._slots.take()
+            slot.fill(index, self._version(index), lambda after: self._bring(index, slot, after))
+            self._held[index] = slot
 
-    def get(self, index: int) -> Layer:
-        """Layer `index`, ready to compute with, once `gather` has brought it."""
-        return self.layers[index]
+    def get(self, index: int) -> tuple[Layer, list[Event]]:
+        """Layer `index` and the events behind which its arithmetic must stand, once `gather` has been called."""
+        layer, after = self.layers[index], []
+        for name in self.plans[index].reads.names:
+            owner = self.owner[name]
+            if self.kept[owner] is not None and self._fresh[owner] is not None:
+                after.append(self._fresh[owner])
+        if index in self._held:
+            slot = self._held[index]
+            after.append(slot.use(index, self._version(index)))
+            flat, layout = slot.memory.view(self.dtype), self._slot_layouts[index]
+            for i, name in enumerate(layout.names):
+                layer.parameters[name].data = parameter_view(flat, layout, i)
+        return layer, list(dict.fromkeys(after))
 
-    def release(self, index: int) -> None:
-        """Gives back the device memory that `gather` took. Resident: it took none."""
+    def release(self, index: int, event: Event) -> None:
+        """Gives back the device memory that `gather` took, once `event`, the layer's last arithmetic, is done."""
+        for name in self.plans[index].reads.names:
+            self._read[self.owner[name]]["compute"] = event
+        if index in self._held:
+            slot = self._held.pop(index)
+            for name in self._slot_layouts[index].names:
+                self._hide(self.layers[index].parameters[name])
+            if self.lanes.hunting:
+                _, event = self.lanes.compute("poison", lambda: self.lanes.poison(slot.memory), [event])
+            slot.drain(event)
+
+    def update(self, index: int, what: str, work: Callable[[Record], None], after: Sequence[Event]) -> None:
+        """Runs `work` on layer `index`'s record, behind `after` and everything that still reads it: at once where the
+        record is on the device, else on the optimizer's lane, between a disk's read and its write."""
+        after = [*after, *self._read[index].values(), *_there(self._updated[index])]
+        nbytes, snapshot, change = self._traffic[index], self.snapshot, work
+
+        def work(record: Record) -> None:
+            if snapshot is not None:
+                snapshot.gate(index, record)
+            change(record)
+
+        self._read[index] = {}
+        if self.placement.state[index] == "device":
+            _, event = self.lanes.compute(what, lambda: work(self.records[index]), after)
+            self._copied[index] = self.versions[index] + 1
+            self._updated[index] = self._working[index] = self._fresh[index] = event
+        elif self.placement.state[index] == "host":
+            event = self.lanes.submit("optimizer", what, lambda: work(self.records[index]), after, nbytes)
+            self._updated[index] = self._working[index] = event
+        else:
+            self._update_on_disk(index, what, work, after, nbytes)
+        self.versions[index] += 1
+
+    def pending(self, index: int) -> list[Event]:
+        """The last update of layer `index`'s record, on its way or done."""
+        return _there(self._updated[index])
+
+    def abandon(self) -> None:
+        """Takes every buffer back from a walk that an error has ended."""
+        with contextlib.suppress(Exception):  # the lanes' own error has been raised already
+            self.lanes.settle()
+        for index in list(self._held):
+            for name in self._slot_layouts[index].names:
+                self._hide(self.layers[index].parameters[name])
+        self._held.clear()
+        for ring in (self._slots, self._fetching, self._staging):
+            ring.reset()
+
+    def settle(self) -> None:
+        """Waits for every copy and update that is on its way."""
+        self.lanes.settle()
+
+    # Parameters by name --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def record(self, index: int, *, writing: bool = False) -> Iterator[Record]:
+        """Layer `index`'s record once its updates are done, from the disk where it lives there; `writing` puts it
+        back as a new version."""
+        for event in _there(self._updated[index], *(self._read[index].values() if writing else ())):
+            event.wait()
+        if self.records[index] is not None:
+            yield self.records[index]
+        else:
+            with self._from_disk(index, writing) as record:
+                yield record
+        if writing:
+            self.versions[index] += 1
+            if self.placement.state[index] == "device":
+                self._copied[index] = self.versions[index]
+
+    @contextlib.contextmanager
+    def peek(self, index: int) -> Iterator[Record]:
+        """Layer `index`'s record for reading on another thread, which sees to it that nothing changes it meanwhile:
+        from the disk into memory of its own."""
+        if self.records[index] is not None:
+            yield self.records[index]
+            return
+        layout = self.plans[index].owned
+        nbytes = record_bytes(layout.size, self.precision, self.training)
+        memory = torch.empty(disk_bytes(nbytes), dtype=torch.uint8)
+        self.disk.reader(self._disk_at[index], memory)()
+        yield Record(layout, self.precision, self.training, memory[:nbytes])
+
+    @property
+    def owned(self) -> list[tuple[str, ...]]:
+        """Each layer's own parameters' names, decayed first."""
+        return [plan.owned.names for plan in self.plans]
 
     def names(self) -> list[str]:
         """Every parameter's name, in layer order."""
-        return [name for names in self.owned for name in names]
+        return list(self.owner)
 
     def shape(self, name: str) -> torch.Size:
-        group, i = self._slots[name]
-        return group.working[i].shape
+        layout = self.plans[self.owner[name]].owned
+        return torch.Size(layout.shapes[layout.names.index(name)])
 
     @property
     def n_parameters(self) -> int:
-        return sum(self.shape(name).numel() for name in self.names())
+        return sum(plan.owned.parameters for plan in self.plans)
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all buffers, alignment included."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+    def moment(self, kind: str, name: str) -> Tensor:
+        """`exp_avg` or `exp_avg_sq` of a parameter, fp32, as a tensor of its own on the CPU."""
+        with self.record(self.owner[name]) as record:
+            return record.view(kind, name).to("cpu", copy=True)
 
     def read(self, name: str) -> Tensor:
         """The exact fp32 master of a parameter, as a tensor of its own on the CPU."""
-        group, i = self._slots[name]
-        if group.lows is not None:
-            return join_master(group.working[i], group.lows[i]).cpu()
-        source = group.working[i] if group.masters is None else group.masters[i]
-        return source.detach().to("cpu", torch.float32, copy=True)
+        with self.record(self.owner[name]) as record:
+            return record.master(name)
 
     def write(self, name: str, value: Tensor) -> None:
-        """Sets a parameter's master to `value` (fp32, its shape) and its working weights to the rounded value.
-
-        bf16 rounds ties away from zero (the split master's high half), with and without masters, so that training,
-        evaluation and generation compute with the same bits.
-        """
-        group, i = self._slots[name]
-        if value.shape != group.working[i].shape or value.dtype != torch.float32:
-            wanted = tuple(group.working[i].shape)
-            raise InputError(f"{name}: wanted float32 {wanted}, got {value.dtype} {tuple(value.shape)}")
-        with torch.no_grad():
-            if self.precision == "bf16":
-                high, low = split_master(value.contiguous())
-                group.working[i].copy_(high)
-                if group.lows is not None:
-                    group.lows[i].copy_(low)
-                return
-            group.working[i].copy_(value)
-            if group.masters is not None:
-                group.masters[i].copy_(value)
+        """Sets a parameter's master to `value` (fp32, its shape); Record.set_master says how it is rounded."""
+        with self.record(self.owner[name], writing=True) as record:
+            record.set_master(name, value)
 
     def initialise(self, initial: Callable[[str, Tensor], None]) -> None:
-        """Sets every parameter to what `initial(name, tensor)` writes into an fp32 tensor of its shape."""
-        for name in self.names():
-            value = torch.empty(self.shape(name))
-            initial(name, value)
-            self.write(name, value)
+        """Sets every parameter to what `initial(name, tensor)` writes into an fp32 tensor of its shape, and every
+        moment to zero."""
+        for index, names in enumerate(self.owned):
+            with self.record(index, writing=True) as record:
+                record.memory.zero_()
+                for name in names:
+                    value = torch.empty(self.shape(name))
+                    initial(name, value)
+                    record.set_master(name, value)
 
-    def moment(self, kind: str, name: str) -> Tensor:
-        """The fp32 view of `exp_avg` or `exp_avg_sq` that belongs to a parameter."""
-        group, i = self._slots[name]
-        return getattr(group, kind)[i]
+    # Where things are ----------------------------------------------------------------------------------------------
 
-    def _adopt(self, layer: Layer) -> None:
-        groups = Group(decayed=True), Group(decayed=False)
-        new = {name: parameter for name, parameter in layer.parameters.items() if name not in self._slots}
-        for name, parameter in new.items():
-            groups[parameter.dim() < 2].names.append(name)
-        names = groups[0].names + groups[1].names
-        starts, size = {}, 0
-        for name in names:
-            starts[name] = size
-            size += -(-new[name].numel() // ALIGNMENT) * ALIGNMENT
+    def _allocate(self, wanted: Needs) -> None:
+        """Takes the arenas apart; buffers of the disk first, whose addresses must be multiples of its blocks."""
+        place, width, indices = self.placement, self.dtype.itemsize, range(len(self.layers))
+        ring = [Buffer(f"staging {i}", self.host.allocate(wanted.staging)) for i in range(STAGING)]
+        self._staging = Ring(ring if wanted.staging else [])
+        ring = [Buffer(f"fetching {i}", self.host.allocate(wanted.fetching)) for i in range(SLOTS)]
+        self._fetching = Ring(ring if wanted.fetching else [])
+        self.records: list[Record | None] = [None] * len(indices)  # in memory; None: on the disk
+        self.kept: list[Tensor | None] = [None] * len(indices)  # working weights on the device for good
+        self.near: list[Tensor | None] = [None] * len(indices)  # working weights on the host, before a disk
+        self.gradients: list[Tensor | None] = [None] * len(indices)  # on the host, before AdamW there
+        self._disk_at: dict[int, int] = {}
+        at = 0
+        for i, plan in enumerate(self.plans):
+            size, home, weights = plan.owned.size, place.state[i], place.weights[i]
+            nbytes = record_bytes(size, self.precision, self.training)
+            if home == "disk":
+                self._disk_at[i], at = at, at + disk_bytes(nbytes)
+                if weights != "disk":
+                    self.near[i] = self.host.allocate(size * width).view(self.dtype)
+            else:
+                memory = (self.lanes if home == "device" else self.host).allocate(nbytes)
+                self.records[i] = Record(plan.owned, self.precision, self.training, memory)
+            if home == "device":
+                self.kept[i] = self.records[i].flat["working"]
+            elif weights == "device":
+                self.kept[i] = self.lanes.allocate(size * width).view(self.dtype)
+            if home != "device" and self.training:
+                several = place.visits > 1
+                self.gradients[i] = self.host.allocate(plan.reads.size * 4 if several else size * width)
+        self._traffic = [
+            plan.owned.size * sum(2 * dtype.itemsize for dtype in sections(self.precision, True).values())
+            + plan.owned.size * width
+            for plan in self.plans
+        ]
+        ring = [Buffer(f"slot {i}", self.lanes.allocate(wanted.slot)) for i in range(SLOTS)]
+        self._slots = Ring(ring if wanted.slot else [])
+        streamed = [[name for name in plan.reads.names if self.kept[self.owner[name]] is None] for plan in self.plans]
+        shapes = [dict(zip(plan.reads.names, plan.reads.shapes, strict=True)) for plan in self.plans]
+        self._slot_layouts = [Layout.of({name: shapes[i][name] for name in streamed[i]}) for i in indices]
+        self._pieces = [self._pieces_of(layout) for layout in self._slot_layouts]
 
-        def views(dtype: torch.dtype, group: Group) -> list[Tensor]:
-            """One buffer a layer and kind: made for the first group, shared by the second."""
-            if group.decayed:
-                self._buffers.append(torch.zeros(size, dtype=dtype, device=self.device))
-            flat = self._buffers[-1]
-            return [flat[starts[n] : starts[n] + new[n].numel()].view(new[n].shape) for n in group.names]
+    def _pieces_of(self, slot: Layout) -> list[Piece]:
+        """What to copy into a slot, neighbours in one piece."""
+        pieces: list[Piece] = []
+        for i, name in enumerate(slot.names):
+            owned = self.plans[self.owner[name]].owned
+            end = slot.starts[i + 1] if i + 1 < len(slot.names) else slot.size
+            piece = Piece(self.owner[name], owned.starts[owned.names.index(name)], slot.starts[i], end - slot.starts[i])
+            last = pieces[-1] if pieces else None
+            if last and (last.owner, last.source + last.size) == (piece.owner, piece.source):
+                pieces[-1] = Piece(last.owner, last.source, last.slot, last.size + piece.size)
+            else:
+                pieces.append(piece)
+        return pieces
 
-        def fill(attribute: str, dtype: torch.dtype) -> None:
-            for group in groups:
-                setattr(group, attribute, views(dtype, group))
+    def _adopt_parameters(self) -> None:
+        nan = torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+        seen = set()
+        for layer in self.layers:
+            for name, parameter in layer.parameters.items():
+                if name in seen:
+                    continue
+                seen.add(name)
+                owner, layout = self.owner[name], self.plans[self.owner[name]].owned
+                there = nan.expand(parameter.shape)
+                if self.kept[owner] is not None:
+                    there = parameter_view(self.kept[owner], layout, layout.names.index(name))
+                # swap_tensors keeps the object, so that ties hold; .data has a version counter of its own, for
+                # autograd takes a copy into any other part of the arena for a change of this one.
+                torch.utils.swap_tensors(parameter, nn.Parameter(there.data, requires_grad=self.training))
+        self._nan = nan
 
-        fill("working", DTYPES[self.precision])
-        if self.training:
-            if self.precision == "bf16":
-                fill("lows", torch.int16)
-            if self.precision == "fp16":
-                fill("masters", torch.float32)
-            for kind in KINDS:
-                fill(kind, torch.float32)
-        for group in groups:
-            for i, name in enumerate(group.names):
-                self._slots[name] = group, i
-                parameter = nn.Parameter(group.working[i], requires_grad=self.training)
-                torch.utils.swap_tensors(new[name], parameter)  # keeps the object, so ties hold
-                group.working[i] = new[name]
-        self.owned.append(names)
-        self.groups.append(groups)
+    def _hide(self, parameter: nn.Parameter) -> None:
+        parameter.data = self._nan.expand(parameter.shape)
+
+    # Copies --------------------------------------------------------------------------------------------------------
+
+    def _version(self, index: int) -> tuple[int, ...]:
+        """Of everything that a slot of layer `index` holds."""
+        return tuple(self.versions[piece.owner] for piece in self._pieces[index])
+
+    def _renew(self, owner: int) -> None:
+        """Copies the working weights to where they are kept on the device."""
+        source = self._host_weights(owner)
+        after = _there(self._working[owner], self._read[owner].get("compute"))
+        event = self.lanes.submit(
+            "down",
+            f"{self.layers[owner].name} weights",
+            lambda: self.lanes.copy(self.kept[owner], source),
+            after,
+            source.nbytes,
+        )
+        self._fresh[owner] = self._read[owner]["down"] = event
+        self._copied[owner] = self.versions[owner]
+
+    def _host_weights(self, owner: int) -> Tensor:
+        return self.records[owner].flat["working"] if self.near[owner] is None else self.near[owner]
+
+    def _bring(self, index: int, slot: Buffer, after: list[Event]) -> Event:
+        """Submits the copies into a slot, each behind what makes its source ready; returns the last one's event."""
+        flat, name = slot.memory.view(self.dtype), self.layers[index].name
+        for owner in dict.fromkeys(piece.owner for piece in self._pieces[index]):
+            pieces = [piece for piece in self._pieces[index] if piece.owner == owner]
+            fetched = None
+            if self.placement.weights[owner] == "disk":
+                fetched = self._fetch(owner)
+                source = fetched.memory.view(self.dtype)
+                ready = [fetched.use(owner, self.versions[owner])]
+            else:
+                source, ready = self._host_weights(owner), _there(self._working[owner])
+
+            def copy(pieces=pieces, source=source, fetched=fetched) -> None:
+                for piece in pieces:
+                    there = flat[piece.slot : piece.slot + piece.size]
+                    self.lanes.copy(there, source[piece.source : piece.source + piece.size])
+                if fetched is not None:
+                    self.lanes.poison(fetched.memory)
+
+            nbytes = sum(piece.size for piece in pieces) * self.dtype.itemsize
+            event = self.lanes.submit("down", f"{name} weights", copy, [*after, *ready], nbytes)
+            self._read[owner]["down"] = event
+            if fetched is not None:
+                fetched.drain(event)
+        return event
+
+    def _fetch(self, owner: int) -> Buffer:
+        """Submits reading the working weights from the disk, where they lie first in the record."""
+        buffer, nbytes = self._fetching.take(), disk_bytes(self.plans[owner].owned.size * self.dtype.itemsize)
+
+        def start(after: list[Event]) -> Event:
+            work = self.disk.reader(self._disk_at[owner], buffer.memory[:nbytes])
+            after = [*after, *_there(self._updated[owner])]
+            event = self.lanes.submit("read", f"{self.layers[owner].name} weights", work, after, nbytes)
+            self._read[owner]["read"] = event
+            return event
+
+        buffer.fill(owner, self.versions[owner], start)
+        return buffer
+
+    # The disk ------------------------------------------------------------------------------------------------------
+
+    def _stage(self, index: int) -> tuple[Buffer, Record, Event]:
+        """Submits reading a record from the disk; returns its buffer in use, the record in it, and its event."""
+        buffer, name = self._staging.take(), self.layers[index].name
+        nbytes = record_bytes(self.plans[index].owned.size, self.precision, self.training)
+        memory = buffer.memory[: disk_bytes(nbytes)]
+
+        def start(after: list[Event]) -> Event:
+            work = self.disk.reader(self._disk_at[index], memory)
+            after = [*after, *_there(self._updated[index])]
+            return self.lanes.submit("read", f"{name} state", work, after, memory.nbytes)
+
+        buffer.fill(index, self.versions[index], start)
+        record = Record(self.plans[index].owned, self.precision, self.training, memory[:nbytes])
+        return buffer, record, buffer.use(index, self.versions[index])
+
+    def _write_back(self, index: int, buffer: Buffer, after: list[Event]) -> Event:
+        memory = buffer.memory[: disk_bytes(record_bytes(self.plans[index].owned.size, self.precision, self.training))]
+        write = self.disk.writer(self._disk_at[index], memory)
+
+        def work() -> None:
+            write()
+            self.lanes.poison(memory)
+
+        event = self.lanes.submit("write", f"{self.layers[index].name} state", work, after, memory.nbytes)
+        buffer.drain(event)
+        return event
+
+    def _update_on_disk(
+        self, index: int, what: str, work: Callable[[Record], None], after: list[Event], nbytes: int
+    ) -> None:
+        buffer, record, ready = self._stage(index)
+
+        def run() -> None:
+            work(record)
+            if self.near[index] is not None:
+                self.near[index].copy_(record.flat["working"])
+
+        done = self.lanes.submit("optimizer", what, run, [*after, ready], nbytes)
+        self._updated[index] = self._write_back(index, buffer, [done])
+        self._working[index] = self._updated[index] if self.near[index] is None else done
+
+    @contextlib.contextmanager
+    def _from_disk(self, index: int, writing: bool) -> Iterator[Record]:
+        buffer, record, ready = self._stage(index)
+        ready.wait()
+        try:
+            yield record
+        except BaseException:
+            buffer.drain(ready)
+            raise
+        if not writing:
+            buffer.drain(ready)
+            return
+        if self.near[index] is not None:
+            self.near[index].copy_(record.flat["working"])
+        self._updated[index] = self._working[index] = self._write_back(index, buffer, [])
+
+
+def _there(*events: Event | None) -> list[Event]:
+    return [event for event in events if event is not None]

@@ -90,3 +90,21 @@ CGPT_EMULATED constexpr std::common_type_t<A, B> max(A a, B b) {
 namespace emulator {
 int multiprocessors();
 }
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorHostMemoryNotRegistered = 713 };
+constexpr unsigned cudaHostRegisterPortable = 1;
+namespace emulator {
+bool pin(const void* data, size_t bytes);
+bool unpin(const void* data);
+}  // namespace emulator
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory" : "not registered";
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaHostRegister(void* data, size_t bytes, unsigned) {
+    return emulator::pin(data, bytes) ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaHostUnregister(void* data) {
+    return emulator::unpin(data) ? cudaSuccess : cudaErrorHostMemoryNotRegistered;
+}

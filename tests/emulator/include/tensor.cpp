@@ -50,5 +50,6 @@ std::string cpu_isa_name() { return "emulated"; }
 std::vector<std::string> cpu_isas() { return {"emulated"}; }
 void set_cpu_isa(const std::string&) {}
 int num_threads() { return 1; }
+int set_thread_count(int64_t) { return 1; }
 
 }  // namespace cgpt
