@@ -61,7 +61,7 @@ class Account:
             "state": need.records_host,
             "weights": need.near,
             "gradients": need.gradients,
-            "staging": STAGING * need.staging + SLOTS * need.fetching,
+            "staging": STAGING * need.staging + SLOTS * (need.fetching + need.sending),
             "activations": need.boundaries,
         }
         workspace = self._workspace("host")

@@ -7,7 +7,7 @@ P parameters that a layer multiplies, T tokens a visit, F FLOP/s, w bytes of a w
                  from the second visit on
     up           w P of gradients in the last visit, 4 P of partial sums in those before; inputs in forward
     optimizer    2 x the record + w bytes an element (26 with a split master), in forward order, ahead of the weights
-    read, write  whole records; weights that wait on the disk
+    read, write  whole records, and their gradients in a step of one visit; weights that wait on the disk
 
     weights hide behind forward    T >= F w / 2B        and behind backward    T >= F w / 6B
     AdamW hides behind backward    T >= 26 F / 6W       behind the next forward    T >= 26 F / 2W
@@ -141,6 +141,7 @@ class _Walk:
         self.users: list[When] = [self.begin] * SLOTS  # ends of the last uses of the slots
         self.staging: list[When] = [self.begin] * STAGING
         self.fetching: list[When] = [self.begin] * SLOTS
+        self.sending: list[When] = [self.begin] * SLOTS
         self.reset()
 
     def reset(self) -> None:
@@ -290,12 +291,22 @@ class _Walk:
         if self.place.state[index] == "device":
             return
         nbytes = self.owned[index] * self.working if last else self.reads[index] * 4
-        done = self.move("up", nbytes, self.made, self.written[index])
+        if self.beside(index):
+            sent = self.move("up", nbytes, self.made, self.sending[-SLOTS])
+            nbytes = disk_bytes(self.plans[index].owned.size * self.working)
+            done = self.move("write", nbytes, sent, self.written[index])
+            self.sending.append(done)
+        else:
+            done = self.move("up", nbytes, self.made, self.written[index])
         self.sent.append(done)
         if last:
             self.gradients[index] = done
         else:
             self.parked[index] = done
+
+    def beside(self, index: int) -> bool:
+        """Whether a layer's gradients wait on the disk, behind its record."""
+        return self.place.state[index] == "disk" and self.place.visits == 1
 
     def update(self, index: int) -> None:
         """AdamW on a record, where it lives."""
@@ -309,7 +320,11 @@ class _Walk:
         after = [self.gradients[index]]
         if home == "disk":
             nbytes = disk_bytes(size * self.record)
-            after.append(self.move("read", nbytes, self.staging[-STAGING], self.written[index]))
+            if self.beside(index):
+                with_gradients = nbytes + disk_bytes(size * self.working)
+                after = [self.move("read", with_gradients, *after, self.staging[-STAGING], self.written[index])]
+            else:
+                after.append(self.move("read", nbytes, self.staging[-STAGING], self.written[index]))
         done = self.move("optimizer", size * self.traffic, *after)
         self.weights[index] = self.written[index] = done
         if home == "disk":

@@ -2,7 +2,7 @@
 
 device   records at home there, working weights kept there, two slots for the rest, a ring of boundary activations
 host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations
-disk     records, each from a multiple of its blocks
+disk     records, and gradients of a step of one visit, each from a multiple of its blocks
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Needs:
     records_host: int
     near: int
     gradients: int
+    sending: int
     staging: int
     fetching: int
     boundaries: int
@@ -41,7 +42,7 @@ class Needs:
     @property
     def host(self) -> int:
         held = self.records_host + self.near + self.gradients + self.boundaries
-        return held + STAGING * self.staging + SLOTS * self.fetching
+        return held + STAGING * self.staging + SLOTS * (self.fetching + self.sending)
 
 
 def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True) -> Needs:
@@ -49,6 +50,8 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record
     layers = list(zip(plans, placement.state, placement.weights, strict=True))
     owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
     on_disk = [(plan, weights) for plan, home, weights in layers if home == "disk"]
+    several = placement.visits > 1
+    with_gradients = working if training and not several else 0  # beside the record on the disk
     passes = 2 * placement.micro_batches if placement.activations == "host" and training else 0
     return Needs(
         records_device=sum(plan.owned.size * record for plan, home, _ in layers if home == "device"),
@@ -58,20 +61,26 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record
         records_host=sum(plan.owned.size * record for plan, home, _ in layers if home == "host"),
         near=sum(plan.owned.size * working for plan, at in on_disk if at != "disk"),
         gradients=sum(
-            plan.reads.size * 4 if placement.visits > 1 else plan.owned.size * working
+            plan.reads.size * 4 if several else plan.owned.size * working
             for plan, home, _ in layers
-            if home != "device" and training
+            if training and (home == "host" or (home == "disk" and several))
         ),
-        staging=max((disk_bytes(plan.owned.size * record) for plan, _ in on_disk), default=0),
+        sending=max((disk_bytes(plan.owned.size * with_gradients) for plan, _ in on_disk), default=0),
+        staging=max((on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in on_disk), default=0),
         fetching=max((disk_bytes(plan.owned.size * working) for plan, at in on_disk if at == "disk"), default=0),
         boundaries=passes // 2 * max(0, len(plans) - 2) * placement.boundary,
-        disk=sum(disk_bytes(plan.owned.size * record) for plan, _ in on_disk),
+        disk=sum(on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in on_disk),
     )
 
 
 def disk_bytes(nbytes: int) -> int:
     """Rounded up to the disk's blocks."""
     return -(-nbytes // BLOCK) * BLOCK
+
+
+def on_disk_bytes(size: int, record: int, gradients: int) -> int:
+    """A record of `size` elements, and behind it the step's gradients where they wait there too."""
+    return disk_bytes(size * record) + disk_bytes(size * gradients)
 
 
 def streamed(plan: LayerPlan, placement: Placement, owner: dict[str, int]) -> Layout:
