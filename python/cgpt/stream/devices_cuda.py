@@ -54,7 +54,8 @@ class CudaDevice(CpuDevice):
         super().settle()
         torch.cuda.current_stream(self.torch_device).synchronize()
         self._note_arithmetic()
-        self._reference = None
+        if not self._unnoted:
+            self._reference = None  # a fresh one keeps rounding from adding up
 
     def _stand_behind(self, event: Event) -> None:
         if isinstance(event, StreamEvent):  # the stream waits, not the caller, who is to run ahead
