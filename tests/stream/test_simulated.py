@@ -40,7 +40,7 @@ def everywhere(weights="host", state="host", rows=1, **more):
 HALF = replace(everywhere(rows=8), weights=("device",) * 7 + ("host",) * 7, state=("device",) * 4 + ("host",) * 10)
 # (placement, rates, whether the arithmetic is what binds)
 CONFIGURATIONS = {
-    "compute": (everywhere(rows=12), replace(EVEN, down=4e6, up=4e6), True),
+    "compute": (everywhere(rows=16), replace(EVEN, down=4e6, up=4e6), True),
     "compute, activations away": (everywhere(rows=16, activations="host"), replace(EVEN, down=4e6, up=4e6), True),
     "down": (everywhere(rows=1), replace(EVEN, up=1e8), False),
     "up": (everywhere(rows=1), replace(EVEN, down=1e8), False),
