@@ -19,6 +19,7 @@ whoever reads too early or too late computes something else than in `serial` mod
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from cgpt.errors import InputError
 from cgpt.stream.timeline import Timeline
+from cgpt_ext import _native
 
 LANES = ("down", "up", "optimizer", "read", "write")
 ALIGNMENT = 128  # bytes
@@ -147,10 +149,15 @@ class Device:
 
 
 class CpuDevice(Device):
-    """The CPU, with a thread a lane."""
+    """The CPU, with a thread a lane.
 
-    def __init__(self, arena_bytes: int, **options):
+    optimizer_threads: that AdamW's lane may use beside itself (default: half the cores this process may use). Copies
+    take one: OpenMP's idle threads spin, and pools of several lanes on two cores cost twelve times the work.
+    """
+
+    def __init__(self, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
         super().__init__(torch.device("cpu"), arena_bytes, **options)
+        self.optimizer_threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) // 2)
         self._queues: dict[str, SimpleQueue] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._last: dict[str, Event] = {}
@@ -203,6 +210,7 @@ class CpuDevice(Device):
         thread.start()
 
     def _run(self, lane: str, queue: SimpleQueue) -> None:
+        _native.set_thread_count(self.optimizer_threads if lane == "optimizer" else 1)
         while (item := queue.get()) is not None:
             what, work, after, nbytes, event = item
             for before in after:

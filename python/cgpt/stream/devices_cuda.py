@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -36,8 +37,11 @@ class CudaDevice(CpuDevice):
     tensors that a lane's work holds live until it is done with them.
     """
 
-    def __init__(self, index: int, arena_bytes: int, **options):
+    def __init__(self, index: int, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
         Device.__init__(self, torch.device("cuda", index), arena_bytes, **options)
+        self.optimizer_threads = optimizer_threads or max(
+            1, len(os.sched_getaffinity(0)) - 2
+        )  # this thread, and copies
         self._queues, self._threads, self._last = {}, {}, {}
         self._streams: dict[str, torch.cuda.Stream] = {}
 
