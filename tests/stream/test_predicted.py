@@ -24,15 +24,6 @@ LINK = 1e9
 RATES = Rates(flops=0, down=LINK, up=LINK, memory=2e10, read=7e9, write=5e9)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small gain nothing from threads, and lose much to others' on the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def everywhere(weights, state, recompute=True, **more):
     return Placement((weights,) * N, (state,) * N, (recompute,) * N, **more)
 
@@ -74,7 +65,8 @@ def walked(placement, rates, disk):
     """Seconds of the fourth step by the simulated clock."""
     with torch.device("meta"):
         layers = layers_of(GPT(SHAPE))
-    device = SimulatedDevice(rates, account(PLANS, placement, "bf16", TOKENS, SHAPE.d_model).needs.device)
+    wanted = account(PLANS, placement, "bf16", TOKENS, SHAPE.d_model)
+    device = SimulatedDevice(rates, wanted.needs.device)
     store = Store(layers, "bf16", device, placement=placement, disk=str(disk))
     store.initialise(lambda name, value: value.normal_(0, 0.02))
     executor, optimizer, ends = Executor(store), AdamW(store), []
@@ -84,6 +76,9 @@ def walked(placement, rates, disk):
         ends.append(device.now)
         optimizer.step(found, 1e-3)
     device.close()
+    assert device.taken == wanted.needs.device
+    assert store.host.taken == wanted.host
+    assert (store.disk.nbytes if store.disk else 0) == wanted.needs.disk
     return ends[-1] - ends[-2]
 
 
