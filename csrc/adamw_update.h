@@ -98,7 +98,7 @@ CGPT_SHARED U stochastic_bits(U i, StochasticKeys keys) {
 // NaN, which stays one.
 template <class U>
 CGPT_SHARED U stochastic_round_by(U bits, U nan, U random) {
-    return (((bits + random) >> 16) & ~nan) | (((bits >> 16) | 0x40u) & nan);
+    return ((bits | (nan & 0x400000u)) + (random & ~nan)) >> 16;
 }
 template <class U>
 CGPT_SHARED U stochastic_round(U bits, U nan, U i, StochasticKeys keys) {
@@ -148,7 +148,7 @@ CGPT_SHARED void adamw_update(const AdamWCoefficients& c, Float grad, Float& p, 
 // U: uint32_t or a vector of them; nan: all ones in the lanes that hold a NaN.
 template <class U>
 CGPT_SHARED U split_high(U bits, U nan) {
-    return (((bits + 0x8000u) >> 16) & ~nan) | (((bits >> 16) | 0x40u) & nan);
+    return ((bits | (nan & 0x400000u)) + (~nan & 0x8000u)) >> 16;
 }
 template <class U>
 CGPT_SHARED U split_low(U bits, U nan) {  // as the low half of 32 bits; bits - (high << 16) is these 16 bits, signed
