@@ -6,10 +6,10 @@
     checkpoints/latest                               a link, moved by rename
 
 A save writes `step-N.tmp/`, syncs files and folder, renames, syncs the parent. So a crash or a full disk at any point
-leaves the checkpoints before it as they were. An old one is renamed to `step-N.old.tmp/` before it is removed, so whatever
-has a checkpoint's name once was whole. Nothing is pickled. Tensors are logical ones: the split master of bf16
-is joined to its exact fp32 on the way out and split again, exactly, on the way in. Both directions go layer by layer,
-tensor by tensor, in little memory beyond the model's own.
+leaves the checkpoints before it as they were. An old one is renamed to `step-N.old.tmp/` before it is removed: it is
+whole or absent too. Nothing is pickled. Tensors are logical ones: the split master of bf16 is joined to its exact fp32
+on the way out and split again, exactly, on the way in. Both directions go layer by layer, tensor by tensor, in little
+memory beyond the model's own.
 """
 
 from __future__ import annotations
