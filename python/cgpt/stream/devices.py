@@ -252,7 +252,8 @@ class CpuDevice(Device):
 
 
 def _serve(queue: SimpleQueue, threads: int) -> None:
-    """A lane's thread, with so many of OpenMP's. Idle, it refers to no device and no tensor, so that those nobody else refers to are freed."""
+    """A lane's thread, with so many of OpenMP's. Idle, it refers to no device and no tensor, so that those nobody else
+    refers to are freed."""
     _native.set_thread_count(threads)
     while (item := queue.get()) is not None:
         device, turn = item

@@ -1,12 +1,14 @@
 """Bytes of every arena that a placement needs, exactly: what the store allocates, and what the planner promises.
 
 device   records at home there, working weights kept there, two slots for the rest, a ring of boundary activations
-host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations
+host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations, and for a
+         checkpoint beside training room for records, and one that is read from the disk
 disk     records, and gradients of a step of one visit, each from a multiple of its blocks
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ BLOCK = 4096  # of a disk: offsets, lengths and addresses of direct access are m
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of each arena and of its parts; slot, staging and fetching are one buffer of each kind."""
+    """Bytes of each arena and of its parts; slot, staging, fetching and saving are one buffer of each kind."""
 
     records_device: int
     kept: int
@@ -33,6 +35,8 @@ class Needs:
     staging: int
     fetching: int
     boundaries: int
+    saving: int
+    aside: int
     disk: int
 
     @property
@@ -42,7 +46,8 @@ class Needs:
     @property
     def host(self) -> int:
         held = self.records_host + self.near + self.gradients + self.boundaries
-        return held + STAGING * self.staging + SLOTS * (self.fetching + self.sending)
+        buffers = STAGING * self.staging + SLOTS * (self.fetching + self.sending)
+        return held + buffers + self.saving + self.aside
 
 
 def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True) -> Needs:
@@ -52,6 +57,7 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record
     on_disk = [(plan, weights) for plan, home, weights in layers if home == "disk"]
     several = placement.visits > 1
     with_gradients = working if training and not several else 0  # beside the record on the disk
+    background = placement.aside is not None and training
     passes = 2 * placement.micro_batches if placement.activations == "host" and training else 0
     return Needs(
         records_device=sum(plan.owned.size * record for plan, home, _ in layers if home == "device"),
@@ -69,8 +75,15 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record
         staging=max((on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in on_disk), default=0),
         fetching=max((disk_bytes(plan.owned.size * working) for plan, at in on_disk if at == "disk"), default=0),
         boundaries=passes // 2 * max(0, len(plans) - 2) * placement.boundary,
+        saving=max((disk_bytes(plan.owned.size * record) for plan, _ in on_disk), default=0) if background else 0,
+        aside=placement.aside * typical_record(plans, record) if background else 0,
         disk=sum(on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in on_disk),
     )
+
+
+def typical_record(plans: Sequence[LayerPlan], record: int) -> int:
+    """Bytes of the median layer's record; of two medians, the larger's."""
+    return statistics.median_high(plan.owned.size for plan in plans) * record
 
 
 def disk_bytes(nbytes: int) -> int:

@@ -196,11 +196,10 @@ class Store:
         back as a new version."""
         for event in _there(self._updated[index], *(self._read[index].values() if writing else ())):
             event.wait()
-        if self.records[index] is not None:
-            yield self.records[index]
-        else:
-            with self._from_disk(index, writing) as record:
-                yield record
+        with self._at_home(index, writing) as record:
+            if writing and self.snapshot is not None:
+                self.snapshot.gate(index, record)
+            yield record
         if writing:
             self.versions[index] += 1
             if self.placement.state[index] == "device":
@@ -208,14 +207,14 @@ class Store:
 
     @contextlib.contextmanager
     def peek(self, index: int) -> Iterator[Record]:
-        """Layer `index`'s record for reading on another thread, which sees to it that nothing changes it meanwhile:
-        from the disk into memory of its own."""
+        """Layer `index`'s record for reading on another thread, a snapshot's, which sees to it that nothing changes
+        it meanwhile: from the disk into memory for this alone."""
         if self.records[index] is not None:
             yield self.records[index]
             return
         layout = self.plans[index].owned
         nbytes = record_bytes(layout.size, self.precision, self.training)
-        memory = torch.empty(disk_bytes(nbytes), dtype=torch.uint8)
+        memory = self._saving[: disk_bytes(nbytes)]
         self.disk.reader(self._disk_at[index], memory)()
         yield Record(layout, self.precision, self.training, memory[:nbytes])
 
@@ -273,6 +272,8 @@ class Store:
         self._fetching = Ring(ring if wanted.fetching else [])
         ring = [Buffer(f"sending {i}", self.host.allocate(wanted.sending)) for i in range(SLOTS)]
         self._sending = Ring(ring if wanted.sending else [])
+        self._saving = self.host.allocate(wanted.saving)  # a record that `peek` reads from the disk
+        self.aside = self.host.allocate(wanted.aside)  # a Snapshot's
         self.records: list[Record | None] = [None] * len(indices)  # in memory; None: on the disk
         self.kept: list[Tensor | None] = [None] * len(indices)  # working weights on the device for good
         self.near: list[Tensor | None] = [None] * len(indices)  # working weights on the host, before a disk
@@ -478,6 +479,10 @@ class Store:
 
     def _gradient_bytes(self, index: int) -> int:
         return disk_bytes(self.plans[index].owned.size * self.dtype.itemsize)
+
+    def _at_home(self, index: int, writing: bool) -> contextlib.AbstractContextManager[Record]:
+        in_memory = self.records[index]
+        return self._from_disk(index, writing) if in_memory is None else contextlib.nullcontext(in_memory)
 
     @contextlib.contextmanager
     def _from_disk(self, index: int, writing: bool) -> Iterator[Record]:
