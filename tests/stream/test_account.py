@@ -8,12 +8,12 @@ import torch
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
-from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.model.presets import PRESETS
 from cgpt.stream.account import BACKWARD, HEAD_BYTES, KEPT, account, boundary_bytes
+from cgpt.stream.build import layers_of
+from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.layout import layers_plan
 from cgpt.stream.placement import Placement
-from cgpt.stream.store import layers_of
 
 # 64, 128 and 64 elements: every size is a whole number of the layout's steps, so sums can be done in the head.
 PLANS = layers_plan([("embed", {"wte": (8, 8)}), ("h.0", {"w": (16, 8)}), ("head", {"g": (64,), "wte": (8, 8)})])

@@ -19,6 +19,7 @@ whoever reads too early or too late computes something else than in `serial` mod
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from cgpt.errors import InputError
 from cgpt.stream.timeline import Timeline
+from cgpt_ext import _native
 
 LANES = ("down", "up", "optimizer", "read", "write")
 ALIGNMENT = 128  # bytes
@@ -156,13 +158,21 @@ class Device:
 
 
 class CpuDevice(Device):
-    """The CPU, with a thread a lane."""
+    """The CPU, with a thread a lane.
 
-    def __init__(self, arena_bytes: int, **options):
-        self._start(torch.device("cpu"), arena_bytes, options)
+    optimizer_threads: that AdamW's lane may use beside itself (default: half the cores this process may use). Copies
+    take one: OpenMP's idle threads spin, and pools of several lanes on two cores cost twelve times the work.
+    """
 
-    def _start(self, torch_device: torch.device, arena_bytes: int, options: dict) -> None:
+    def __init__(self, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
+        threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) // 2)
+        self._start(torch.device("cpu"), arena_bytes, threads, options)
+
+    def _start(self, torch_device: torch.device, arena_bytes: int, optimizer_threads: int, options: dict) -> None:
         super().__init__(torch_device, arena_bytes, **options)
+        if optimizer_threads < 1:  # a lane's thread that dies of it would leave everyone waiting
+            raise InputError(f"optimizer_threads: wanted 1 or more, got {optimizer_threads}")
+        self.optimizer_threads = optimizer_threads
         self._lanes: dict[str, tuple[SimpleQueue, threading.Thread]] = {}
         self._last: dict[str, Event] = {}
         self._ended = threading.Event()
@@ -215,7 +225,8 @@ class CpuDevice(Device):
 
     def _open(self, lane: str) -> None:
         queue: SimpleQueue = SimpleQueue()
-        thread = threading.Thread(target=_serve, args=(queue,), name=f"cgpt {lane}", daemon=True)
+        threads = self.optimizer_threads if lane == "optimizer" else 1
+        thread = threading.Thread(target=_serve, args=(queue, threads), name=f"cgpt {lane}", daemon=True)
         thread.start()
         self._lanes[lane] = queue, thread
 
@@ -238,8 +249,9 @@ class CpuDevice(Device):
         work()
 
 
-def _serve(queue: SimpleQueue) -> None:
+def _serve(queue: SimpleQueue, threads: int) -> None:
     """A lane's thread. Idle, it refers to no device and no tensor, so that those nobody else refers to are freed."""
+    _native.set_thread_count(threads)
     while (item := queue.get()) is not None:
         device, turn = item
         device._turn(*turn)

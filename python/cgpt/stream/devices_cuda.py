@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -39,8 +40,9 @@ class CudaDevice(CpuDevice):
     times, noted when they are known: at the latest by `settle`.
     """
 
-    def __init__(self, index: int, arena_bytes: int, **options):
-        self._start(torch.device("cuda", index), arena_bytes, options)
+    def __init__(self, index: int, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
+        threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) - 2)  # but for this thread, and copies
+        self._start(torch.device("cuda", index), arena_bytes, threads, options)
         self._streams: dict[str, torch.cuda.Stream] = {}
         self._unnoted: deque[tuple[str, StreamEvent, StreamEvent, float]] = deque()
         self._reference: tuple[StreamEvent, float] | None = None  # one moment, on the device's clock and on the host's

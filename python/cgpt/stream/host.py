@@ -1,4 +1,4 @@
-"""Memory of the host and the disk behind it, each allocated once at its exact size."""
+"""Memory of the host and the disk behind it, each taken once, at its exact size, before training begins."""
 
 from __future__ import annotations
 
@@ -10,51 +10,65 @@ import torch
 from torch import Tensor
 
 from cgpt.errors import InputError
+from cgpt_ext import _native
 
 
 class HostMemory:
-    """One stretch of host memory that is handed out from its start, and only while the run is being built."""
+    """One stretch of host memory, handed out from its start while the run is being built.
+
+    pinned: registered with CUDA, so that copies run beside the arithmetic. Where the driver or RLIMIT_MEMLOCK allows
+    less, copies of the rest still come out right, at the speed of the driver's own staging; `why_not_pinned` says why.
+    """
 
     def __init__(self, nbytes: int, pinned: bool = False):
         self.nbytes, self.taken = nbytes, 0
-        self._memory = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        self.why_not_pinned: str | None = None
+        if not nbytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            return
+        arena = _native.HostArena(nbytes)
+        if pinned:
+            arena.register_cuda(torch.cuda.current_device())
+            self.why_not_pinned = arena.why_not_pinned
+        self._memory = torch.frombuffer(arena, dtype=torch.uint8)
 
     def allocate(self, nbytes: int) -> Tensor:
         """uint8, zero. Raises InputError with both numbers where less is left."""
-        if nbytes > self.nbytes - self.taken:
-            raise InputError(
-                f"host memory: wanted {nbytes} bytes more, got {self.nbytes - self.taken} of {self.nbytes}"
-            )
+        left = self.nbytes - self.taken
+        if nbytes > left:
+            raise InputError(f"host memory: wanted {nbytes:,} bytes more, got {left:,} of {self.nbytes:,}")
         self.taken += nbytes
+        # .data counts its versions alone: autograd must not take a change of another part for one of this.
         return self._memory[self.taken - nbytes : self.taken].data
 
 
 class DiskTier:
-    """A file of fixed size that holds records."""
+    """A file that holds `nbytes` of records while training runs.
 
-    def __init__(self, path: str, nbytes: int):
-        self.path, self.nbytes = Path(path), nbytes
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.posix_fallocate(self._file, 0, nbytes)
+    path: a folder, or the name of a new file. It is unlinked as soon as it is open: the space comes back however the
+    process ends, and nobody takes a half-updated state for a checkpoint. Raises OSError (no room, no such folder).
+    """
+
+    def __init__(self, path: str | Path, nbytes: int):
+        path = Path(path)
+        if path.is_dir():
+            path = path / f"cgpt-state-{os.getpid()}.tmp"
+        self.path, self.nbytes = path, nbytes
+        if path.exists():
+            raise InputError(f"{path}: wanted a folder or a new file for training state, got a file")
+        self._file = _native.DiskFile(path, nbytes, "cgpt training state")
+        path.unlink()
+        self.direct, self.why_buffered = self._file.direct, self._file.why_buffered
 
     def reader(self, offset: int, memory: Tensor) -> Callable[[], None]:
-        """What fills `memory` from `offset` when called."""
-        view = memoryview(memory.numpy())
-
-        def read() -> None:
-            done = 0
-            while done < len(view):
-                done += os.preadv(self._file, [view[done:]], offset + done)
-
-        return read
+        """What fills `memory` (uint8, on the host) from `offset` when called."""
+        view = memory.numpy()
+        return lambda: self._file.read(offset, view)
 
     def writer(self, offset: int, memory: Tensor) -> Callable[[], None]:
         """What writes `memory` at `offset` when called."""
-        view = memoryview(memory.numpy())
+        view = memory.numpy()
+        return lambda: self._file.write(offset, view)
 
-        def write() -> None:
-            done = 0
-            while done < len(view):
-                done += os.pwritev(self._file, [view[done:]], offset + done)
-
-        return write
+    def close(self) -> None:
+        self._file.close()

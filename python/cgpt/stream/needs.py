@@ -1,8 +1,8 @@
 """Bytes of every arena that a placement needs, exactly: what the store allocates, and what the planner promises.
 
-    device   records at home there, working weights kept there, two slots for the rest, a ring of boundary activations
-    host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations
-    disk     records, each from a multiple of its blocks
+device   records at home there, working weights kept there, two slots for the rest, a ring of boundary activations
+host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations
+disk     records, each from a multiple of its blocks
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ class Needs:
         return held + STAGING * self.staging + SLOTS * self.fetching
 
 
-def needs(
-    plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True
-) -> Needs:
+def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True) -> Needs:
     """What `placement` takes, for working weights and records of so many bytes an element (record.py's table)."""
     layers = list(zip(plans, placement.state, placement.weights, strict=True))
     owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
