@@ -362,3 +362,9 @@ def test_spans_are_noted():
 def test_a_device_by_torchs_name():
     assert isinstance(open_device("cpu", 128), CpuDevice)
     assert open_device("cpu", 128, serial=True).serial
+
+
+def test_the_optimizers_threads_are_checked_before_any_lane_opens():
+    with pytest.raises(InputError, match="optimizer_threads: wanted 1 or more, got -1"):
+        CpuDevice(0, optimizer_threads=-1)
+    assert CpuDevice(0, optimizer_threads=3).optimizer_threads == 3

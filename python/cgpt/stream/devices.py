@@ -160,8 +160,8 @@ class Device:
 class CpuDevice(Device):
     """The CPU, with a thread a lane.
 
-    optimizer_threads: that AdamW's lane may use, itself among them (default: half the cores this process may use).
-    Copies take one: OpenMP's idle threads spin, and pools of several lanes on two cores cost twelve times the work.
+    optimizer_threads: that AdamW's lane may use beside itself (default: half the cores this process may use). Copies
+    take one: OpenMP's idle threads spin, and pools of several lanes on two cores cost twelve times the work.
     """
 
     def __init__(self, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
@@ -170,6 +170,8 @@ class CpuDevice(Device):
 
     def _start(self, torch_device: torch.device, arena_bytes: int, optimizer_threads: int, options: dict) -> None:
         super().__init__(torch_device, arena_bytes, **options)
+        if optimizer_threads < 1:  # a lane's thread that dies of it would leave everyone waiting
+            raise InputError(f"optimizer_threads: wanted 1 or more, got {optimizer_threads}")
         self.optimizer_threads = optimizer_threads
         self._lanes: dict[str, tuple[SimpleQueue, threading.Thread]] = {}
         self._last: dict[str, Event] = {}
@@ -223,12 +225,8 @@ class CpuDevice(Device):
 
     def _open(self, lane: str) -> None:
         queue: SimpleQueue = SimpleQueue()
-        thread = threading.Thread(
-            target=_serve,
-            args=(queue, self.optimizer_threads if lane == "optimizer" else 1),
-            name=f"cgpt {lane}",
-            daemon=True,
-        )
+        threads = self.optimizer_threads if lane == "optimizer" else 1
+        thread = threading.Thread(target=_serve, args=(queue, threads), name=f"cgpt {lane}", daemon=True)
         thread.start()
         self._lanes[lane] = queue, thread
 
@@ -252,8 +250,7 @@ class CpuDevice(Device):
 
 
 def _serve(queue: SimpleQueue, threads: int) -> None:
-    """A lane's thread, with so many of OpenMP's. Idle, it refers to no device and no tensor, so that those nobody else
-    refers to are freed."""
+    """A lane's thread. Idle, it refers to no device and no tensor, so that those nobody else refers to are freed."""
     _native.set_thread_count(threads)
     while (item := queue.get()) is not None:
         device, turn = item

@@ -41,7 +41,7 @@ class CudaDevice(CpuDevice):
     """
 
     def __init__(self, index: int, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
-        threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) - 2)  # two for the caller and the copies
+        threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) - 2)  # but for this thread, and copies
         self._start(torch.device("cuda", index), arena_bytes, threads, options)
         self._streams: dict[str, torch.cuda.Stream] = {}
         self._unnoted: deque[tuple[str, StreamEvent, StreamEvent, float]] = deque()
