@@ -69,7 +69,6 @@ def train(config: TrainConfig) -> Summary:
     SIGINT and SIGTERM finish the step, save, and return with `stopped_by`. Raises InputError for what a user can
     mend, a loss that is not finite among it, and OSError for files; the newest whole checkpoint then stays.
     """
-    keep_large_buffers()
     run = open_run(config)
     with contextlib.closing(run.lock), contextlib.closing(run.store):
         return to_the_end(run)
@@ -180,7 +179,8 @@ def open_run(config: TrainConfig) -> Run:
         folder = new_folder(config, recipe)
     implementations = implementations_on(recipe.device)
     placed = place_run(recipe)
-    if not placed.streams:
+    if not placed.streams:  # a run that streams counts on freed memory being free
+        keep_large_buffers()
         console.refuse_what_cannot_fit(recipe, console.memory_estimate(recipe, recipe.shape.n_params))
 
     dataset = open_corpus(recipe.data, progress=console.interactive())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cgpt.errors import InputError
 from cgpt.stream.layout import Layout
-from cgpt_ext import join_master, split_master
+from cgpt_ext import _native, join_master, split_master
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -94,6 +94,9 @@ class Record:
         if value.shape != working.shape or value.dtype != torch.float32:
             raise InputError(f"{name}: wanted float32 {tuple(working.shape)}, got {value.dtype} {tuple(value.shape)}")
         if self.precision == "bf16":
+            if "low" in self.flat and working.device.type == "cpu":  # in place: an embedding's halves are large
+                _native.split_master(value.contiguous(), working, self.view("low", name))
+                return
             high, low = split_master(value.contiguous())
             working.copy_(high)
             if "low" in self.flat:
