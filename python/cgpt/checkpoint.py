@@ -6,9 +6,10 @@
     checkpoints/latest                               a link, moved by rename
 
 A save writes `step-N.tmp/`, syncs files and folder, renames, syncs the parent. So a crash or a full disk at any point
-leaves the checkpoints before it as they were. Nothing is pickled. Tensors are logical ones: the split master of bf16
-is joined to its exact fp32 on the way out and split again, exactly, on the way in. Both directions go layer by layer,
-tensor by tensor, in little memory beyond the model's own.
+leaves the checkpoints before it as they were. An old one is renamed to `step-N.old.tmp/` before it is removed: it is
+whole or absent too. Nothing is pickled. Tensors are logical ones: the split master of bf16 is joined to its exact fp32
+on the way out and split again, exactly, on the way in. Both directions go layer by layer, tensor by tensor, in little
+memory beyond the model's own.
 """
 
 from __future__ import annotations
@@ -74,31 +75,43 @@ def save(folder: Path, source: Store | Snapshot, step: int, state: dict, keep: i
         failpoint("manifest written")
         path = final
         sync_folder(partial)
-        if final.exists():  # a damaged one of this step, which the resumed run has come to again
-            shutil.rmtree(final)
         failpoint("folder synced")
+        if final.exists():  # a damaged one of this step, which the resumed run has come to again
+            _remove(final)
+            failpoint("damaged one removed")
         partial.rename(final)
         failpoint("renamed")
         sync_folder(folder)
         path = folder / LATEST
         _point_latest(folder, final.name)
         failpoint("latest moved")
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
+        raise
     for old in [name for name in steps(folder) if _step(name) <= step][keep:]:
-        shutil.rmtree(folder / old, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the next save comes to it again
+            _remove(folder / old)
+        failpoint("old one removed")
     return final
 
 
 class Saving:
-    """A checkpoint on its way to the disk while training goes on: `save` of a snapshot, on a thread of its own."""
+    """A checkpoint on its way to the disk while training goes on: `save` of a snapshot, on a thread of its own.
+
+    The thread is no daemon: an interpreter that ends, for whatever reason, ends after it.
+    """
 
     def __init__(self, folder: Path, snapshot: Snapshot, step: int, state: dict, keep: int):
         self._path: Path | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(folder, snapshot, step, state, keep), name="checkpoint")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            snapshot.drop()
+            raise
 
     @property
     def done(self) -> bool:
@@ -228,7 +241,8 @@ def _write_tensors(path: Path, record: Record) -> dict:
             file.write(data)
 
         put(len(head).to_bytes(8, "little") + head)
-        for _, tensor in _tensors(record):
+        for name, tensor in _tensors(record):
+            failpoint(f"{name} on its way")
             put(memoryview(np.ascontiguousarray(tensor.numpy(), dtype="<f4")).cast("B"))
         file.flush()
         os.fsync(file.fileno())
@@ -239,8 +253,18 @@ def _point_latest(folder: Path, name: str) -> None:
     link = folder / (LATEST + ".tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(name)
+    failpoint("link made")
     link.replace(folder / LATEST)
     sync_folder(folder)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint: its name at once, then its files."""
+    doomed = path.with_name(path.name + ".old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    failpoint("on its way out")
+    shutil.rmtree(doomed)
 
 
 def _version(package: str) -> str | None:

@@ -8,8 +8,8 @@ a percent, the one with the largest micro-batches and then the fewest tokens a v
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
@@ -223,34 +223,50 @@ def _nearest(problem: Problem, refusals: list[tuple[DoesNotFit, Setting]]) -> In
     disks = [pair[0].disk for pair in refusals if pair[0].disk]
     if disks:
         flags.append(f"--disk-space {_whole(min(disks))}")
-    fewer = _fewer_tokens(problem)
-    if fewer:
-        flags.append(f"--tokens-per-step {fewer}")
+    for flag, tokens in (("tokens-per-visit", _tokens_a_visit(problem)), ("tokens-per-step", _tokens_in_one(problem))):
+        if tokens:
+            flags.append(f"--{flag} {tokens}")
     return InputError(
         f"--{refusal.limit}-memory: {problem.model} at {setting.micro_batches * setting.micro_batch_tokens} tokens a "
         f"visit, {setting.visits} visit{'s' * (setting.visits > 1)} a step: {refusal}; nearest: {' or '.join(flags)}"
     )
 
 
-def _fewer_tokens(problem: Problem) -> int | None:
-    """The most tokens a step that fit in one visit: gradients are then half as large. None where even one does not."""
-    plans, seq_len = gpt_plans(problem.shape), problem.shape.seq_len
+def _tokens_a_visit(problem: Problem) -> int | None:
+    """The most tokens that fit where more a visit were asked for. None where even one sequence does not."""
+    if problem.tokens_per_visit is None:
+        return None
+    sequences = problem.tokens_per_step // problem.shape.seq_len
+    return _most_sequences(problem, problem.tokens_per_visit, lambda rows: -(-sequences // rows))
 
-    def fits(sequences: int) -> bool:
-        try:
-            setting = Setting(
-                problem.precision, seq_len, problem.shape.d_model, micro_batches=sequences, beside=problem.beside
-            )
-            place(plans, problem.budgets, setting)
-        except DoesNotFit:
-            return False
-        return True
 
-    low, high = 0, problem.tokens_per_step // seq_len
+def _tokens_in_one(problem: Problem) -> int | None:
+    """The most tokens a step that fit in one visit: gradients are then half as large."""
+    if problem.tokens_per_visit is None:
+        return _most_sequences(problem, problem.tokens_per_step, lambda rows: 1)
+    if problem.tokens_per_visit == problem.tokens_per_step:
+        return None
+    alone = replace(problem, tokens_per_step=problem.tokens_per_visit)
+    return problem.tokens_per_visit if _fits(alone, problem.tokens_per_visit // problem.shape.seq_len, 1) else None
+
+
+def _most_sequences(problem: Problem, refused: int, visits: Callable[[int], int]) -> int | None:
+    """The most tokens below `refused` whose sequences fit into a visit, when that makes so many visits."""
+    low, high = 0, refused // problem.shape.seq_len
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * seq_len or None
+        low, high = (middle, high) if _fits(problem, middle, visits(middle)) else (low, middle)
+    return low * problem.shape.seq_len or None
+
+
+def _fits(problem: Problem, sequences: int, visits: int) -> bool:
+    shape = problem.shape
+    setting = Setting(problem.precision, shape.seq_len, shape.d_model, sequences, visits, problem.beside)
+    try:
+        place(gpt_plans(shape), problem.budgets, setting)
+    except DoesNotFit:
+        return False
+    return True
 
 
 def _whole(nbytes: int) -> str:

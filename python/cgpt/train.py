@@ -16,11 +16,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 from cgpt import checkpoint, console
+from cgpt.checkpoint import Saving
 from cgpt.data.loader import Loader, train_val_split, unigram_loss
 from cgpt.data.prepare import open_corpus
 from cgpt.data.shards import TokenDataset
@@ -49,9 +50,12 @@ from cgpt.schedule import learning_rate
 from cgpt.stream.build import build, check_device
 from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.optimizer import AdamW
+from cgpt.stream.placement import Placement
+from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store
 from cgpt_ext import dispatch
 
+ASIDE = 2  # records for which the host has room while a checkpoint is written
 SAMPLE_PROMPT = 16  # tokens of held-out text that the sample at the end continues
 SAMPLE_TOKENS = 64
 
@@ -81,7 +85,7 @@ def to_the_end(run: Run) -> Summary:
     live = console.Live(recipe.steps, run.step, flops)
     began = time.monotonic()
     evaluation: HeldOut | None = None
-    with contextlib.closing(metrics), contextlib.closing(live), stop_signals() as stop:
+    with contextlib.closing(metrics), contextlib.closing(live), stop_signals() as stop, saving_to_the_end(run):
         while run.step < recipe.steps:
             row = one_step(run)
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
@@ -90,10 +94,13 @@ def to_the_end(run: Run) -> Summary:
             metrics.append(row)
             live.step(row)
             stopping = bool(stop)  # looked at once: a signal from here on is the next step's
+            if run.saving is not None and run.saving.done:
+                finish_saving(run)
             if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps or stopping:
                 save(run, run.seconds + time.monotonic() - began)
             if stopping:
                 break
+        finish_saving(run)
 
     finished = run.step == recipe.steps
     if finished and evaluation is None:  # resumed at its end
@@ -133,7 +140,8 @@ def to_the_end(run: Run) -> Summary:
 class Run:
     """A run in progress. `samples`, the sequences consumed so far, is the data cursor; `seconds` is past sessions'.
 
-    While `lock` is open, no other process can take the run's folder.
+    While `lock` is open, no other process can take the run's folder. `checkpoint` is the newest that is whole; `saving`
+    one on its way to the disk.
     """
 
     recipe: Recipe
@@ -150,6 +158,7 @@ class Run:
     samples: int = 0
     seconds: float = 0.0
     checkpoint: Path | None = None
+    saving: Saving | None = None
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -172,7 +181,8 @@ def open_run(config: TrainConfig) -> Run:
     if dataset.vocab_size > recipe.shape.vocab_size:
         raise InputError(f"{recipe.data}: wanted ids under {recipe.shape.vocab_size}, got {dataset.vocab_size}")
 
-    model, store = build(recipe.shape, recipe.precision, recipe.device)
+    placement = replace(Placement.resident(recipe.shape.n_layer + 2), aside=ASIDE)
+    model, store = build(recipe.shape, recipe.precision, recipe.device, placement=placement)
     optimizer = AdamW(
         store,
         beta1=recipe.beta1,
@@ -236,6 +246,7 @@ def one_step(run: Run) -> dict:
     scale = run.optimizer.loss_scale
     gradients = run.executor.gradients([[batch] for batch in micro_batches(run, size)], scale)
     if not math.isfinite(gradients.loss):
+        finish_saving(run)
         raise InputError(
             f"loss: wanted a finite number, got {gradients.loss} at step {run.step + 1} (lr {lr:.3g}); "
             f"last good checkpoint: {run.checkpoint or 'none'}"
@@ -266,7 +277,9 @@ def evaluate(run: Run) -> HeldOut:
 
 
 def save(run: Run, seconds: float) -> None:
-    """Writes a checkpoint. Raises OSError naming file and reason, and the checkpoint that is left."""
+    """Begins a checkpoint of this moment, once the one before is whole; training goes on meanwhile, where the placement
+    has memory for that. Raises OSError naming file and reason, and the checkpoint that is left."""
+    finish_saving(run)
     state = {
         "samples": run.samples,
         "tokens": run.samples * run.recipe.seq_len,
@@ -274,10 +287,43 @@ def save(run: Run, seconds: float) -> None:
         "optimizer": run.optimizer.state(),
         "recipe": run.recipe.to_dict(),
     }
+    folder, keep = run.folder / checkpoint.CHECKPOINTS, run.recipe.keep
+    if run.store.placement.aside is not None:
+        run.saving = Saving(folder, Snapshot(run.store), run.step, state, keep)
+        return
+    with naming_what_is_left(run):
+        run.checkpoint = checkpoint.save(folder, run.store, run.step, state, keep)
+
+
+def finish_saving(run: Run) -> None:
+    """Waits for the checkpoint that is on its way, if one is. Raises what `save` raises."""
+    if run.saving is None:
+        return
+    with naming_what_is_left(run):
+        try:
+            run.checkpoint = run.saving.wait()
+        finally:
+            if run.saving.done:  # not where Ctrl-C ended the waiting
+                run.saving = None
+
+
+@contextlib.contextmanager
+def saving_to_the_end(run: Run) -> Iterator[None]:
+    """An error leaves only once the checkpoint that is on its way is whole; should that fail too, it is said."""
     try:
-        run.checkpoint = checkpoint.save(
-            run.folder / checkpoint.CHECKPOINTS, run.store, run.step, state, run.recipe.keep
-        )
+        yield
+    except BaseException:
+        try:
+            finish_saving(run)
+        except OSError as error:
+            console.say(f"checkpoint not saved: {error}")
+        raise
+
+
+@contextlib.contextmanager
+def naming_what_is_left(run: Run) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         reason = f"{error.strerror}; last good checkpoint: {run.checkpoint or 'none'}"
         raise OSError(error.errno, reason, error.filename) from error

@@ -71,7 +71,14 @@ def test_before_and_on_the_disk():
     assert found.device_parts["slots"] == 2 * 128 * 2
     assert found.host_parts == {
         "weights": (64 + 128) * 2,
-        "gradients": 256 * 2,
+        "staging": 3 * 2 * 4096 + 2 * 4096 + 2 * 4096,  # records with gradients; weights; gradients on their way
+    }
+    assert found.disk == 4096 + 3 * 2 * 4096
+    # partial sums of several visits wait on the host
+    found = account(PLANS, replace(placement, visits=2), "bf16", 16, 8)
+    assert found.host_parts == {
+        "weights": (64 + 128) * 2,
+        "gradients": 4 * (64 + 128 + 128),
         "staging": 3 * 4096 + 2 * 4096,
     }
     assert found.disk == 4096 + 3 * 4096

@@ -102,10 +102,15 @@ def test_the_disk_reads_and_writes_every_record_once_a_step():
     assert found.disk_read == near(records + 2 * (2 * L * 2 * P + 3 * 4096))
 
 
+def test_gradients_of_a_single_visit_wait_on_the_disk_too():
+    found = step(everywhere("host", "disk"))
+    assert found.disk_read == found.disk_written == near(14 * L * P + 4 * 4096)
+
+
 def test_a_slow_disk_binds():
     found = step(everywhere("host", "disk"), rates=replace(RATES, down=1e12, up=1e12, write=1e9))
     assert found.binding == "write"
-    assert found.seconds >= found.lanes["write"] == near((12 * L * P + 2 * 4096) / 1e9)
+    assert found.seconds >= found.lanes["write"] == near((14 * L * P + 4 * 4096) / 1e9)
 
 
 def block(passes, tokens):

@@ -115,6 +115,16 @@ def test_a_refusal_names_the_limit_both_numbers_and_settings_that_do(capsys, fla
     answer(capsys, *argv, flag, nearest[flag])
 
 
+@pytest.mark.parametrize("flag", ["--host-memory", "--tokens-per-visit", "--tokens-per-step"])
+def test_too_many_tokens_a_visit(capsys, flag):
+    argv = {"--tokens-per-step": "65536", "--tokens-per-visit": "32768", "--host-memory": "128GiB"}
+    line = refused(capsys, *(word for pair in argv.items() for word in pair))
+    nearest = dict(re.findall(r"(--[\w-]+) (\S+)", line.split("nearest: ")[1]))
+    assert set(nearest) == {"--host-memory", "--disk-space", "--tokens-per-visit", "--tokens-per-step"}
+    assert nearest["--tokens-per-step"] == "32768"  # all in one visit
+    answer(capsys, *(word for pair in (argv | {flag: nearest[flag]}).items() for word in pair))
+
+
 def test_a_device_that_is_too_small(capsys):
     line = refused(capsys, "--model", "1.3B", "--device-memory", "1GiB", "--host-memory", "64GiB")
     assert line.startswith("--device-memory: 1.3B at 2048 tokens a visit")

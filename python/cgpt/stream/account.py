@@ -61,7 +61,7 @@ class Account:
             "state": need.records_host,
             "weights": need.near,
             "gradients": need.gradients,
-            "staging": STAGING * need.staging + SLOTS * need.fetching,
+            "staging": STAGING * need.staging + SLOTS * (need.fetching + need.sending),
             "activations": need.boundaries,
         }
         workspace = self._workspace("host")
@@ -121,6 +121,8 @@ def _workspace(plans: Sequence[LayerPlan], placement: Placement, working: int, b
 
 def _shared(plan: LayerPlan) -> int:
     """Elements that a layer reads and another owns."""
+    if len(plan.reads.names) == len(plan.owned.names):
+        return 0
     reads = zip(plan.reads.names, plan.reads.shapes, strict=True)
     return sum(math.prod(shape) for name, shape in reads if name not in plan.owned.names)
 

@@ -7,7 +7,7 @@ P parameters that a layer multiplies, T tokens a visit, F FLOP/s, w bytes of a w
                  from the second visit on
     up           w P of gradients in the last visit, 4 P of partial sums in those before; inputs in forward
     optimizer    2 x the record + w bytes an element (26 with a split master), in forward order, ahead of the weights
-    read, write  whole records; weights that wait on the disk
+    read, write  whole records, and their gradients in a step of one visit; weights that wait on the disk
 
     weights hide behind forward    T >= F w / 2B        and behind backward    T >= F w / 6B
     AdamW hides behind backward    T >= 26 F / 6W       behind the next forward    T >= 26 F / 2W
@@ -133,7 +133,8 @@ class _Walk:
         self.head = len(plans) - 1
         self.between = self.tokens * work.width * self.working
         self.free = dict.fromkeys(LANES, 0.0)
-        self.begin: When = (0.0, "compute")  # of the step: nothing of it starts earlier
+        self.caller = 0.0  # the clock of whoever submits: it waits for what arithmetic needs, and for the norm
+        self.begin: When = (0.0, "compute")
         n = len(plans)
         self.weights: list[When] = [self.begin] * n  # the record's weights are up to date
         self.written: list[When] = [self.begin] * n  # and all of the record, on the disk too
@@ -141,6 +142,7 @@ class _Walk:
         self.users: list[When] = [self.begin] * SLOTS  # ends of the last uses of the slots
         self.staging: list[When] = [self.begin] * STAGING
         self.fetching: list[When] = [self.begin] * SLOTS
+        self.sending: list[When] = [self.begin] * SLOTS
         self.reset()
 
     def reset(self) -> None:
@@ -181,31 +183,32 @@ class _Walk:
             self.visit(last=left == 0)
             self.until.append((self.free["compute"], {kind: dict(row) for kind, row in self.counts.items()}))
         end = self.free["compute"]
-        self.begin = end, "compute"
+        self.caller, self.begin = end, (end, "compute")
         for index in range(len(self.plans)):
             self.update(index)
         return end
 
     def run(self, lane: str, seconds: float, *after: When) -> When:
         """Occupies a lane; the lane named is the one that held it up last."""
-        start, why = max(self.free[lane], self.begin[0]), lane
+        start, why = self.free[lane] if lane == "compute" else max(self.free[lane], self.caller), lane
         for end, cause in after:
             if end > start:
                 start, why = end, lane if cause == "compute" else cause
         if lane == "compute":
+            self.caller = max([self.caller, *(end for end, _ in after)])
             self.counts["stalls"][why] += start - self.free[lane]
         self.counts["busy"][lane] += seconds
         self.free[lane] = start + seconds
         return self.free[lane], why
 
-    def move(self, lane: str, nbytes: float, *after: When) -> When:
-        """A transfer; both directions of a half-duplex link are one lane in two books."""
+    def move(self, lane: str, nbytes: float, *after: When, times: int = 1) -> When:
+        """One transfer, or several in a row; both directions of a half-duplex link are one lane in two books."""
         links = ("down", "up")
         if self.rates.half_duplex and lane in links:
             self.free[lane] = max(self.free[link] for link in links)
         self.counts["bytes"][lane] += nbytes
         rate = getattr(self.rates, "memory" if lane == "optimizer" else lane)
-        latency = 0.0 if lane == "optimizer" else self.rates.latency
+        latency = times * self.rates.latency if lane in links else 0.0
         done = self.run(lane, nbytes / rate + latency, *after)
         if self.rates.half_duplex and lane in links:
             self.free |= dict.fromkeys(links, done[0])
@@ -229,8 +232,8 @@ class _Walk:
             if self.slots[index]:
                 self.users.append(self.made)
             if place < self.head and self.away(index):
-                before = self.ends[place - 1]
-                self.saved[index] = self.move("up", self.between, before)
+                before, rows = self.ends[place - 1], self.place.micro_batches
+                self.saved[index] = self.move("up", self.between, before, times=rows)
             if place >= self.head:
                 self.send(index, last)
 
@@ -262,11 +265,12 @@ class _Walk:
         if self.slots[index]:
             after.append(self.fetch(index))
         if place > self.head and index in self.saved:
-            free = self.ends[place - 2]
-            after.append(self.move("down", self.between, self.saved.pop(index), free))
+            free, rows = self.ends[place - 2], self.place.micro_batches
+            after.append(self.move("down", self.between, self.saved.pop(index), free, times=rows))
         if place >= self.head and index in self.parked:
             nbytes = self.reads[index] * 4
-            after.append(self.move("down", nbytes, self.parked.pop(index)))
+            room = self.free["compute"], "compute"  # torch's allocator gives it in the order of the arithmetic
+            after.append(self.move("down", nbytes, self.parked.pop(index), room))
         return after
 
     def fetch(self, index: int) -> When:
@@ -281,7 +285,8 @@ class _Walk:
                 reads += 1
             elif self.place.weights[owner] == "host":
                 ready.append(self.weights[owner])
-        done = self.move("down", self.slots[index], *ready)
+        away = [owner for owner in self.owners[index] if self.place.weights[owner] != "device"]
+        done = self.move("down", self.slots[index], *ready, times=len(away))
         self.fetching[len(self.fetching) - reads :] = [done] * reads  # free once copied
         return done
 
@@ -290,12 +295,22 @@ class _Walk:
         if self.place.state[index] == "device":
             return
         nbytes = self.owned[index] * self.working if last else self.reads[index] * 4
-        done = self.move("up", nbytes, self.made, self.written[index])
+        if self.beside(index):
+            sent = self.move("up", nbytes, self.made, self.sending[-SLOTS])
+            nbytes = disk_bytes(self.plans[index].owned.size * self.working)
+            done = self.move("write", nbytes, sent, self.written[index])
+            self.sending.append(done)
+        else:
+            done = self.move("up", nbytes, self.made, self.written[index])
         self.sent.append(done)
         if last:
             self.gradients[index] = done
         else:
             self.parked[index] = done
+
+    def beside(self, index: int) -> bool:
+        """Whether a layer's gradients wait on the disk, behind its record."""
+        return self.place.state[index] == "disk" and self.place.visits == 1
 
     def update(self, index: int) -> None:
         """AdamW on a record, where it lives."""
@@ -309,7 +324,11 @@ class _Walk:
         after = [self.gradients[index]]
         if home == "disk":
             nbytes = disk_bytes(size * self.record)
-            after.append(self.move("read", nbytes, self.staging[-STAGING], self.written[index]))
+            if self.beside(index):
+                with_gradients = nbytes + disk_bytes(size * self.working)
+                after = [self.move("read", with_gradients, *after, self.staging[-STAGING], self.written[index])]
+            else:
+                after.append(self.move("read", nbytes, self.staging[-STAGING], self.written[index]))
         done = self.move("optimizer", size * self.traffic, *after)
         self.weights[index] = self.written[index] = done
         if home == "disk":

@@ -1,12 +1,14 @@
 """Bytes of every arena that a placement needs, exactly: what the store allocates, and what the planner promises.
 
 device   records at home there, working weights kept there, two slots for the rest, a ring of boundary activations
-host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations
-disk     records, each from a multiple of its blocks
+host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations, and for a
+         checkpoint beside training room for records, and one that is read from the disk
+disk     records, and gradients of a step of one visit, each from a multiple of its blocks
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ BLOCK = 4096  # of a disk: offsets, lengths and addresses of direct access are m
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of each arena and of its parts; slot, staging and fetching are one buffer of each kind."""
+    """Bytes of each arena and of its parts; slot, staging, fetching and saving are one buffer of each kind."""
 
     records_device: int
     kept: int
@@ -29,9 +31,12 @@ class Needs:
     records_host: int
     near: int
     gradients: int
+    sending: int
     staging: int
     fetching: int
     boundaries: int
+    saving: int
+    aside: int
     disk: int
 
     @property
@@ -41,7 +46,8 @@ class Needs:
     @property
     def host(self) -> int:
         held = self.records_host + self.near + self.gradients + self.boundaries
-        return held + STAGING * self.staging + SLOTS * self.fetching
+        buffers = STAGING * self.staging + SLOTS * (self.fetching + self.sending)
+        return held + buffers + self.saving + self.aside
 
 
 def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True) -> Needs:
@@ -49,6 +55,9 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record
     layers = list(zip(plans, placement.state, placement.weights, strict=True))
     owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
     on_disk = [(plan, weights) for plan, home, weights in layers if home == "disk"]
+    several = placement.visits > 1
+    with_gradients = working if training and not several else 0  # beside the record on the disk
+    background = placement.aside is not None and training
     passes = 2 * placement.micro_batches if placement.activations == "host" and training else 0
     return Needs(
         records_device=sum(plan.owned.size * record for plan, home, _ in layers if home == "device"),
@@ -58,20 +67,33 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record
         records_host=sum(plan.owned.size * record for plan, home, _ in layers if home == "host"),
         near=sum(plan.owned.size * working for plan, at in on_disk if at != "disk"),
         gradients=sum(
-            plan.reads.size * 4 if placement.visits > 1 else plan.owned.size * working
+            plan.reads.size * 4 if several else plan.owned.size * working
             for plan, home, _ in layers
-            if home != "device" and training
+            if training and (home == "host" or (home == "disk" and several))
         ),
-        staging=max((disk_bytes(plan.owned.size * record) for plan, _ in on_disk), default=0),
+        sending=max((disk_bytes(plan.owned.size * with_gradients) for plan, _ in on_disk), default=0),
+        staging=max((on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in on_disk), default=0),
         fetching=max((disk_bytes(plan.owned.size * working) for plan, at in on_disk if at == "disk"), default=0),
         boundaries=passes // 2 * max(0, len(plans) - 2) * placement.boundary,
-        disk=sum(disk_bytes(plan.owned.size * record) for plan, _ in on_disk),
+        saving=max((disk_bytes(plan.owned.size * record) for plan, _ in on_disk), default=0) if background else 0,
+        aside=placement.aside * typical_record(plans, record) if background else 0,
+        disk=sum(on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in on_disk),
     )
+
+
+def typical_record(plans: Sequence[LayerPlan], record: int) -> int:
+    """Bytes of the median layer's record; of two medians, the larger's."""
+    return statistics.median_high(plan.owned.size for plan in plans) * record
 
 
 def disk_bytes(nbytes: int) -> int:
     """Rounded up to the disk's blocks."""
     return -(-nbytes // BLOCK) * BLOCK
+
+
+def on_disk_bytes(size: int, record: int, gradients: int) -> int:
+    """A record of `size` elements, and behind it the step's gradients where they wait there too."""
+    return disk_bytes(size * record) + disk_bytes(size * gradients)
 
 
 def streamed(plan: LayerPlan, placement: Placement, owner: dict[str, int]) -> Layout:

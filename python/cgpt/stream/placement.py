@@ -22,6 +22,9 @@ class Placement:
     visits: the most that a step has. With several, what is not on the device gets partial sums of gradients in fp32.
     boundary: bytes of the activations of one micro-batch between two layers, where they wait on the host; a multiple
         of 128.
+    aside: how many typical layers' records the host can hold beside, for a checkpoint that is written while training
+        goes on; AdamW waits for the checkpoint's disk where they do not suffice, with 0 always. None: training
+        stands still while a checkpoint is written.
     """
 
     weights: tuple[str, ...]
@@ -31,6 +34,7 @@ class Placement:
     micro_batches: int = 1
     visits: int = 1
     boundary: int = 0
+    aside: int | None = None
 
     @classmethod
     def resident(cls, n_layers: int) -> Placement:

@@ -6,6 +6,9 @@
 AdamW passes `gate` before it changes a layer. Where there is no room aside, or the layer is being written just then, it
 waits for the saving thread; a slow disk so slows training down, and never lets a checkpoint hold two steps' state.
 (torch's own asynchronous checkpoint of tensors on the CPU writes whatever they hold by then: pytorch#144657.)
+
+The two cannot wait for each other in a circle: the saving thread waits for updates submitted before the snapshot was
+made, which pass no gate of its, and reads the disk by itself, into memory that is there for nothing else.
 """
 
 from __future__ import annotations
@@ -16,23 +19,28 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from cgpt.stream.record import Record, record_bytes
+from cgpt.stream.record import Record
 from cgpt.stream.store import Store
 
 
 class Snapshot:
     """`store`'s records as they are when every update submitted by now is done.
 
-    room: uint8 memory of the host for records that training must change before they are written; may be empty.
-    The store's updates pass the gate until every layer is written, or `drop` ends it.
+    The store's updates pass the gate until every layer is written, or `drop` ends it. Records that must change before
+    they are written go to the store's memory aside. A store has one snapshot at a time: RuntimeError where it has one,
+    or where its placement leaves no memory for one (`aside` is None).
     """
 
-    def __init__(self, store: Store, room: Tensor):
+    def __init__(self, store: Store):
+        if store.snapshot is not None:
+            raise RuntimeError("snapshot: wanted a store without one, got a store whose snapshot is still being saved")
+        if store.placement.aside is None:
+            raise RuntimeError("snapshot: wanted a placement with memory aside, got none")
         self.store, self.layers = store, store.layers
         self._state = ["waiting"] * len(store.layers)
         self._ready = [store.pending(index) for index in range(len(store.layers))]
         self._copies: dict[int, Record] = {}
-        self._room, self._free = room, [(0, room.numel())]
+        self._room, self._free = store.aside, [(0, store.aside.numel())]
         self._changed = threading.Condition()
         self._dropped = False
         store.snapshot = self
@@ -40,19 +48,12 @@ class Snapshot:
     def gate(self, index: int, record: Record) -> None:
         """Called by whoever is about to change `record`, layer `index`'s; returns when it may."""
         with self._changed:
-            if self._state[index] == "waiting" and not self._dropped:
-                memory = self._take(record.memory.numel())
-                if memory is not None:
-                    memory.copy_(record.memory)
-                    layout = record.layout
-                    self._copies[index] = Record(layout, record.precision, record.training, memory)
-                    self._state[index] = "copied"
-                    return
-            self._changed.wait_for(lambda: self._dropped or self._state[index] in ("copied", "written"))
+            self._changed.wait_for(lambda: self._may_pass(index, record))
 
     @contextlib.contextmanager
     def record(self, index: int) -> Iterator[Record]:
-        """Layer `index`'s record for the saving thread, which asks once for every layer."""
+        """Layer `index`'s record for the saving thread, which asks once for every layer. Raises what stopped the
+        store's lanes."""
         for event in self._ready[index]:
             event.wait()
         with self._changed:
@@ -80,6 +81,19 @@ class Snapshot:
         if self.store.snapshot is self:
             self.store.snapshot = None
 
+    def _may_pass(self, index: int, record: Record) -> bool:
+        """Whether layer `index` may change; copies it aside where that lets it. Asked again whenever a layer has been
+        written, which may have made room."""
+        if self._dropped:
+            return True
+        if self._state[index] == "waiting":
+            memory = self._take(record.memory.numel())
+            if memory is not None:
+                memory.copy_(record.memory)
+                self._copies[index] = Record(record.layout, record.precision, record.training, memory)
+                self._state[index] = "copied"
+        return self._state[index] in ("copied", "written")
+
     def _take(self, nbytes: int) -> Tensor | None:
         """The first stretch of the room that is large enough."""
         for i, (start, size) in enumerate(self._free):
@@ -97,9 +111,3 @@ class Snapshot:
                 self._free[-1] = (self._free[-1][0], self._free[-1][1] + size)
             else:
                 self._free.append((start, size))
-
-
-def room_for(store: Store, layers: int = 2) -> int:
-    """Bytes aside that let AdamW run `layers` typical layers ahead of the disk."""
-    sizes = sorted(record_bytes(plan.owned.size, store.precision, store.training) for plan in store.plans)
-    return layers * sizes[len(sizes) // 2]

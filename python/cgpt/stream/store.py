@@ -45,6 +45,9 @@ class Layer:
     parameters: dict[str, nn.Parameter]
 
 
+Update = Callable[[Record, Tensor | None], None]  # of a record, with its gradients where they came with it
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of `owner`'s working weights that a slot holds: elements, from the owner's start to the slot's."""
@@ -142,16 +145,17 @@ class Store:
                 _, event = self.lanes.compute("poison", lambda: self.lanes.poison(slot.memory), [event])
             slot.drain(event)
 
-    def update(self, index: int, what: str, work: Callable[[Record], None], after: Sequence[Event]) -> None:
-        """Runs `work` on layer `index`'s record, behind `after` and everything that still reads it: at once where the
-        record is on the device, else on the optimizer's lane, between a disk's read and its write."""
+    def update(self, index: int, what: str, work: Update, after: Sequence[Event]) -> None:
+        """Runs `work` on layer `index`'s record and the gradients that wait beside it on the disk, behind `after` and
+        everything that still reads it: at once where the record is on the device, else on the optimizer's lane,
+        between a disk's read and its write."""
         after = [*after, *self._read[index].values(), *_there(self._updated[index])]
         nbytes, snapshot, change = self._traffic[index], self.snapshot, work
 
-        def work(record: Record) -> None:
+        def work(record: Record, gradients: Tensor | None = None) -> None:
             if snapshot is not None:
                 snapshot.gate(index, record)
-            change(record)
+            change(record, gradients)
 
         self._read[index] = {}
         if self.placement.state[index] == "device":
@@ -177,7 +181,7 @@ class Store:
             for name in self._slot_layouts[index].names:
                 self._hide(self.layers[index].parameters[name])
         self._held.clear()
-        for ring in (self._slots, self._fetching, self._staging):
+        for ring in (self._slots, self._fetching, self._staging, self._sending):
             ring.reset()
 
     def settle(self) -> None:
@@ -192,11 +196,10 @@ class Store:
         back as a new version."""
         for event in _there(self._updated[index], *(self._read[index].values() if writing else ())):
             event.wait()
-        if self.records[index] is not None:
-            yield self.records[index]
-        else:
-            with self._from_disk(index, writing) as record:
-                yield record
+        with self._at_home(index, writing) as record:
+            if writing and self.snapshot is not None:
+                self.snapshot.gate(index, record)
+            yield record
         if writing:
             self.versions[index] += 1
             if self.placement.state[index] == "device":
@@ -204,14 +207,14 @@ class Store:
 
     @contextlib.contextmanager
     def peek(self, index: int) -> Iterator[Record]:
-        """Layer `index`'s record for reading on another thread, which sees to it that nothing changes it meanwhile:
-        from the disk into memory of its own."""
+        """Layer `index`'s record for reading on another thread, a snapshot's, which sees to it that nothing changes
+        it meanwhile: from the disk into memory for this alone."""
         if self.records[index] is not None:
             yield self.records[index]
             return
         layout = self.plans[index].owned
         nbytes = record_bytes(layout.size, self.precision, self.training)
-        memory = torch.empty(disk_bytes(nbytes), dtype=torch.uint8)
+        memory = self._saving[: disk_bytes(nbytes)]
         self.disk.reader(self._disk_at[index], memory)()
         yield Record(layout, self.precision, self.training, memory[:nbytes])
 
@@ -267,6 +270,10 @@ class Store:
         self._staging = Ring(ring if wanted.staging else [])
         ring = [Buffer(f"fetching {i}", self.host.allocate(wanted.fetching)) for i in range(SLOTS)]
         self._fetching = Ring(ring if wanted.fetching else [])
+        ring = [Buffer(f"sending {i}", self.host.allocate(wanted.sending)) for i in range(SLOTS)]
+        self._sending = Ring(ring if wanted.sending else [])
+        self._saving = self.host.allocate(wanted.saving)  # a record that `peek` reads from the disk
+        self.aside = self.host.allocate(wanted.aside)  # a Snapshot's
         self.records: list[Record | None] = [None] * len(indices)  # in memory; None: on the disk
         self.kept: list[Tensor | None] = [None] * len(indices)  # working weights on the device for good
         self.near: list[Tensor | None] = [None] * len(indices)  # working weights on the host, before a disk
@@ -277,7 +284,7 @@ class Store:
             size, home, weights = plan.owned.size, place.state[i], place.weights[i]
             nbytes = record_bytes(size, self.precision, self.training)
             if home == "disk":
-                self._disk_at[i], at = at, at + disk_bytes(nbytes)
+                self._disk_at[i], at = at, at + disk_bytes(nbytes) + (disk_bytes(size * width) if wanted.sending else 0)
                 if weights != "disk":
                     self.near[i] = self.host.allocate(size * width).view(self.dtype)
             else:
@@ -287,7 +294,7 @@ class Store:
                 self.kept[i] = self.records[i].flat["working"]
             elif weights == "device":
                 self.kept[i] = self.lanes.allocate(size * width).view(self.dtype)
-            if home != "device" and self.training:
+            if self.training and (home == "host" or (home == "disk" and place.visits > 1)):
                 several = place.visits > 1
                 self.gradients[i] = self.host.allocate(plan.reads.size * 4 if several else size * width)
         self._traffic = [
@@ -402,16 +409,20 @@ class Store:
 
     # The disk ------------------------------------------------------------------------------------------------------
 
-    def _stage(self, index: int) -> tuple[Buffer, Record, Event]:
-        """Submits reading a record from the disk; returns its buffer in use, the record in it, and its event."""
+    def _stage(self, index: int, with_gradients: Sequence[Event] | None = None) -> tuple[Buffer, Record, Event]:
+        """Submits reading a record from the disk; returns its buffer in use, the record in it, and its event.
+
+        with_gradients: reads those behind it too, behind these events.
+        """
         buffer, name = self._staging.take(), self.layers[index].name
         nbytes = record_bytes(self.plans[index].owned.size, self.precision, self.training)
         memory = buffer.memory[: disk_bytes(nbytes)]
+        there = memory if with_gradients is None else buffer.memory[: disk_bytes(nbytes) + self._gradient_bytes(index)]
 
         def start(after: list[Event]) -> Event:
-            work = self.disk.reader(self._disk_at[index], memory)
-            after = [*after, *_there(self._updated[index])]
-            return self.lanes.submit("read", f"{name} state", work, after, memory.nbytes)
+            work = self.disk.reader(self._disk_at[index], there)
+            after = [*after, *_there(self._updated[index]), *(with_gradients or ())]
+            return self.lanes.submit("read", f"{name} state", work, after, there.nbytes)
 
         buffer.fill(index, self.versions[index], start)
         record = Record(self.plans[index].owned, self.precision, self.training, memory[:nbytes])
@@ -429,19 +440,49 @@ class Store:
         buffer.drain(event)
         return event
 
-    def _update_on_disk(
-        self, index: int, what: str, work: Callable[[Record], None], after: list[Event], nbytes: int
-    ) -> None:
-        buffer, record, ready = self._stage(index)
+    def _update_on_disk(self, index: int, what: str, work: Update, after: list[Event], nbytes: int) -> None:
+        beside = self.gradients[index] is None
+        buffer, record, ready = self._stage(index, after if beside else None)
+        start = disk_bytes(record.memory.nbytes)
+        there = buffer.memory[start : start + self.plans[index].owned.size * self.dtype.itemsize].view(self.dtype)
 
         def run() -> None:
-            work(record)
+            work(record, there if beside else None)
             if self.near[index] is not None:
                 self.near[index].copy_(record.flat["working"])
 
         done = self.lanes.submit("optimizer", what, run, [*after, ready], nbytes)
         self._updated[index] = self._write_back(index, buffer, [done])
         self._working[index] = self._updated[index] if self.near[index] is None else done
+
+    def send_gradients(self, index: int, work: Callable[[Tensor], None], after: Sequence[Event]) -> Event:
+        """Has `work` fill a buffer with layer `index`'s gradients on the lane up, and writes it behind the layer's
+        record on the disk; returns the event of the write."""
+        name, nbytes = self.layers[index].name, self.plans[index].owned.size * self.dtype.itemsize
+        buffer = self._sending.take()
+        flat = buffer.memory[:nbytes].view(self.dtype)
+
+        def start(before: list[Event]) -> Event:
+            return self.lanes.submit("up", f"{name} gradients", lambda: work(flat), [*before, *after], nbytes)
+
+        buffer.fill(index, self.versions[index], start)
+        sent = buffer.use(index, self.versions[index])
+        memory = buffer.memory[: self._gradient_bytes(index)]
+        at = self._disk_at[index] + disk_bytes(
+            record_bytes(self.plans[index].owned.size, self.precision, self.training)
+        )
+        write = self.disk.writer(at, memory)
+        before = [sent, *_there(self._updated[index])]
+        event = self.lanes.submit("write", f"{name} gradients", write, before, memory.nbytes)
+        buffer.drain(event)
+        return event
+
+    def _gradient_bytes(self, index: int) -> int:
+        return disk_bytes(self.plans[index].owned.size * self.dtype.itemsize)
+
+    def _at_home(self, index: int, writing: bool) -> contextlib.AbstractContextManager[Record]:
+        in_memory = self.records[index]
+        return self._from_disk(index, writing) if in_memory is None else contextlib.nullcontext(in_memory)
 
     @contextlib.contextmanager
     def _from_disk(self, index: int, writing: bool) -> Iterator[Record]:
