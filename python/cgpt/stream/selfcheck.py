@@ -40,6 +40,7 @@ def check(store: Store, batch: Batch) -> None:
         weights=tuple(place.weights[i] for i in picked),
         state=tuple(place.state[i] for i in picked),
         recompute=tuple(place.recompute[i] for i in picked),
+        aside=None,
     )
     before = [(p, p.data) for layer in layers for p in layer.parameters.values()]
     try:
