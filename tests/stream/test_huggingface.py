@@ -80,7 +80,7 @@ def test_losses_gradients_and_a_step_equal_the_whole_models(kind):
         event.wait()
     for name, gradient in found.by_name.items():
         want = own[of[name]].grad
-        assert (gradient - want).norm() <= 1e-5 * max(want.norm().item(), 1e-4), name
+        assert (gradient - want).norm() <= 1e-5 * want.norm(), name
     before = {name: parameter.detach().clone() for name, parameter in own.items()}
     gradients = {name: found.by_name[name].clone() for name in of}
     trainer.optimizer.step(found, 1e-3)
@@ -99,14 +99,17 @@ def test_losses_gradients_and_a_step_equal_the_whole_models(kind):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_streaming_changes_no_bit(make, precision, tmp_path):
     found = []
-    for placement in (None, streamed(), streamed("host"), streamed("host", "disk")):
+    for placement in (
+        None,
+        streamed(),  # resident: one micro-batch a visit
+        streamed("host"),
+        streamed("host", "disk"),
+    ):
         with Streamed(*parts(make()), precision=precision, placement=placement, disk=str(tmp_path),
                       sample=batch(0)[0]) as trainer:  # fmt: skip
             rows = []
             for step in range(4):
                 batches = [batch(2 * step), batch(2 * step + 1)]
-                if placement is None:  # a resident one takes them one by one
-                    assert trainer.store.placement.micro_batches == 1
                 rows.append(trainer.step(batches, 1e-2))
             found.append((rows, trainer.state_dict()))
     (want, weights), *others = found
