@@ -98,7 +98,7 @@ def gradients_overwritten_on_their_way(patch):
 
 
 @pytest.mark.parametrize(
-    "race, name",
+    ("race", "name"),
     [
         (slot_released_before_its_arithmetic, "host"),
         (arithmetic_ahead_of_the_copy, "host"),

@@ -88,7 +88,7 @@ def lost_write(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault, name",
+    ("fault", "name"),
     [
         (copies_nothing, "host"),
         (copies_nothing, "state on the host"),

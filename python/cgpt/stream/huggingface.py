@@ -27,7 +27,7 @@ def parts(model: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Module]:
     if kind is None:
         raise InputError(f"huggingface.parts: model must be one of {', '.join(KNOWN)}, got {type(model).__name__}")
     config = model.config
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise InputError("huggingface.parts: gradient checkpointing must be off, the placement says what to recompute")
     attention = getattr(config, "_attn_implementation", "eager") or "eager"
     if attention not in ("eager", "sdpa"):
@@ -51,7 +51,7 @@ def parts(model: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Module]:
 
 
 def names(model: nn.Module, trainer) -> dict[str, str]:
-    """Trainer's name of each parameter -> the model's, as in its state_dict and in a safetensors file of its weights."""
+    """Trainer's name of each parameter -> the model's, as in its state_dict and its safetensors files."""
     own = {id(parameter): name for name, parameter in model.named_parameters()}
     return {name: own[id(p)] for layer in trainer.store.layers for name, p in layer.parameters.items()}
 
