@@ -154,7 +154,7 @@ class Sums:
 
     def _send(self, index: int, work, event: Event, nbytes: int) -> Event:
         what = f"{self._name(index)} gradients"
-        sent = self._lanes.submit("up", what, work, [event, *self._store.pending(index)], nbytes)
+        sent = self._lanes.submit("up", what, work, [event, *self._store.spent(index)], nbytes)
         self._sent.append(sent)
         return sent
 

@@ -99,6 +99,7 @@ class Store:
         self._copied = [0] * count  # the version of the copy that is kept on the device
         self._updated: list[Event | None] = [None] * count  # ends the last update of the record
         self._working: list[Event | None] = [None] * count  # and of the weights that copies are made from
+        self._spent: list[Event | None] = [None] * count  # ends the last use of its gradients
         self._fresh: list[Event | None] = [None] * count  # ends the last renewal of the kept copy
         self._read: list[dict[str, Event]] = [{} for _ in range(count)]  # the last to read the record, by lane
         self._held: dict[int, Buffer] = {}
@@ -161,13 +162,17 @@ class Store:
         if self.placement.state[index] == "device":
             _, event = self.lanes.compute(what, lambda: work(self.records[index]), after)
             self._copied[index] = self.versions[index] + 1
-            self._updated[index] = self._working[index] = self._fresh[index] = event
+            self._updated[index] = self._working[index] = self._fresh[index] = self._spent[index] = event
         elif self.placement.state[index] == "host":
             event = self.lanes.submit("optimizer", what, lambda: work(self.records[index]), after, nbytes)
-            self._updated[index] = self._working[index] = event
+            self._updated[index] = self._working[index] = self._spent[index] = event
         else:
             self._update_on_disk(index, what, work, after, nbytes)
         self.versions[index] += 1
+
+    def spent(self, index: int) -> list[Event]:
+        """The last update's use of layer `index`'s gradients, on its way or done."""
+        return _there(self._spent[index])
 
     def pending(self, index: int) -> list[Event]:
         """The last update of layer `index`'s record, on its way or done."""
@@ -183,6 +188,12 @@ class Store:
         self._held.clear()
         for ring in (self._slots, self._fetching, self._staging, self._sending):
             ring.reset()
+
+    def close(self) -> None:
+        """Ends the lanes and gives the disk's space back; the store cannot be used any more."""
+        self.lanes.close()
+        if self.disk is not None:
+            self.disk.close()
 
     def settle(self) -> None:
         """Waits for every copy and update that is on its way."""
@@ -452,6 +463,7 @@ class Store:
                 self.near[index].copy_(record.flat["working"])
 
         done = self.lanes.submit("optimizer", what, run, [*after, ready], nbytes)
+        self._spent[index] = ready if beside else done
         self._updated[index] = self._write_back(index, buffer, [done])
         self._working[index] = self._updated[index] if self.near[index] is None else done
 
@@ -472,7 +484,7 @@ class Store:
             record_bytes(self.plans[index].owned.size, self.precision, self.training)
         )
         write = self.disk.writer(at, memory)
-        before = [sent, *_there(self._updated[index])]
+        before = [sent, *_there(self._spent[index])]
         event = self.lanes.submit("write", f"{name} gradients", write, before, memory.nbytes)
         buffer.drain(event)
         return event
