@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from cgpt.errors import InputError
 from cgpt.stream.buffers import Buffer, Ring
 from cgpt.stream.devices import Event
 from cgpt.stream.store import Store
@@ -31,7 +32,13 @@ class Boundaries:
 
     def keep(self, index: int, row: int, x: Tensor, event: Event) -> None:
         """Sends micro-batch `row`'s input of layer `index` up, once `event`, what makes it, is done."""
-        there = self._host[index - 1][row][: x.nbytes].view(x.dtype).view(x.shape)
+        room = self._host[index - 1][row]
+        if x.nbytes > room.numel():
+            raise InputError(
+                f"{self.names[index]}: wanted at most {room.numel():,} bytes of activations a micro-batch "
+                f"(Placement.boundary), got {x.nbytes:,}"
+            )
+        there = room[: x.nbytes].view(x.dtype).view(x.shape)
         what = f"{self.names[index]} input"
         event = self.lanes.submit("up", what, lambda: self.lanes.copy(there, x), [event], x.nbytes)
         self._kept[index, row] = there, event

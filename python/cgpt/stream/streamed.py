@@ -15,15 +15,21 @@ second forward draws what the first drew, and a run that is resumed draws what i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from cgpt import checkpoint
 from cgpt.errors import InputError
 from cgpt.stream.devices import Device
 from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
+from cgpt.stream.record import DTYPES
+from cgpt.stream.selfcheck import check
 from cgpt.stream.store import Layer, Store
 
 
@@ -47,14 +53,19 @@ class Streamed:
         embed: token ids (B, T) to activations. blocks: activations to activations, of one shape. head: (activations,
             targets) to a scalar loss, the mean over the samples. A parameter that several of them hold (a tied
             embedding) is one parameter. Their parameters' values are taken over as they are; modules on the meta
-            device start at zero until `load`.
+            device start at zero until `load`. Every parameter is trained; modules stay in train or eval mode as they
+            are, and must not keep statistics from one forward to the next.
         precision: "bf16", "fp16" or "fp32", of weights and activations.
         device: "cpu", "cuda", or a Device. placement: where everything lives (default: all on the device). disk: the
             file for what lives on the disk.
         beta1, beta2, eps, weight_decay, clip: AdamW's; vectors are not decayed; a clip of 0 is none.
         seed: of the random numbers that modules draw.
+        sample: token ids as large as the largest micro-batch, values aside; asked for where activations wait on the
+            host and placement.boundary is 0, for the embedding is tried on it to find that size.
+        selfcheck: whether the first step, where anything is streamed, first proves on a few layers that streaming
+            gives the bits of a model in memory (selfcheck.py).
 
-    Raises InputError for memory that is not there and for parts that are no modules.
+    Raises InputError for memory that is not there and for parts that cannot be streamed, by name.
     """
 
     def __init__(
@@ -73,24 +84,42 @@ class Streamed:
         weight_decay: float = 0.1,
         clip: float = 1.0,
         seed: int = 0,
+        sample: Tensor | None = None,
+        selfcheck: bool = True,
     ):
         layers = split_layers(embed, blocks, head)
-        given = {name: p.detach().float() for layer in layers for name, p in layer.parameters.items() if not p.is_meta}
+        placement = placement or Placement.resident(len(layers))
+        if len(placement.state) != len(layers):
+            raise InputError(f"Streamed: wanted a placement of {len(layers)} layers, got one of {len(placement.state)}")
+        if placement.activations == "host" and not placement.boundary:
+            placement = replace(placement, boundary=_boundary(embed, sample, precision))
+        given = {name: p.detach() for layer in layers for name, p in layer.parameters.items() if not p.is_meta}
         self.store = Store(layers, precision, device, placement=placement, disk=disk)
         for index, names in enumerate(self.store.owned):
             with self.store.record(index, writing=True) as record:
                 for name in names:
                     if name in given:
-                        record.set_master(name, given.pop(name).cpu())
+                        record.set_master(name, given.pop(name).to("cpu", torch.float32))
+        for layer in layers:
+            _move_buffers(layer.module, self.store.device)
+        self._unchecked = selfcheck and placement != Placement.resident(len(layers))
         self.executor = Executor(self.store, seed=seed)
         self.optimizer = AdamW(self.store, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, clip=clip)
 
     def step(self, batches: Sequence[Batch], lr: float) -> Step:
         """One optimizer step over micro-batches of (ids, targets), as many to a visit as the placement has room for."""
-        if not batches:
-            raise InputError("Streamed.step: wanted at least one micro-batch, got none")
-        size = self.store.placement.micro_batches
-        visits = [batches[start : start + size] for start in range(0, len(batches), size)]
+        batches = self._on_device("step", batches)
+        place = self.store.placement
+        visits = [batches[start : start + place.micro_batches] for start in range(0, len(batches), place.micro_batches)]
+        if len(visits) > place.visits and any(home != "device" for home in place.state):
+            raise InputError(
+                f"Streamed.step: wanted at most {place.micro_batches * place.visits} micro-batches "
+                f"(the placement's micro_batches times visits), got {len(batches)}"
+            )
+        if self._unchecked:
+            ids, targets = batches[0]
+            check(self.store, (ids[:1], targets[:1]))
+            self._unchecked = False
         scale = self.optimizer.loss_scale
         found = self.executor.gradients(visits, scale)
         applied = self.optimizer.step(found, lr)
@@ -98,7 +127,26 @@ class Streamed:
 
     def loss(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the samples, without gradients."""
-        return self.executor.loss(batches)
+        return self.executor.loss(self._on_device("loss", batches))
+
+    def save(self, folder: str | Path, keep: int = 2) -> Path:
+        """Writes `folder`/step-N, whole or not at all, and removes all but the newest `keep`; returns its path."""
+        state = {"optimizer": self.optimizer.state(), "draws": [self.executor.seed, self.executor.step]}
+        return checkpoint.save(Path(folder), self.store, self.executor.step, state, keep)
+
+    def resume(self, folder: str | Path) -> int:
+        """Goes on bit for bit from the newest whole checkpoint in `folder`; returns the steps taken until then.
+
+        Raises InputError where there is none, or one of another model.
+        """
+        path, manifest, _ = checkpoint.newest(Path(folder))
+        wanted = {f"{layer.name}.safetensors" for layer in self.store.layers}
+        if set(manifest["files"]) != wanted or "draws" not in manifest:
+            raise InputError(f"{path}: wanted a checkpoint of these {len(wanted)} layers, got another model's")
+        checkpoint.load(path, self.store, manifest)
+        self.optimizer.load_state(manifest["optimizer"])
+        self.executor.seed, self.executor.step = manifest["draws"]
+        return self.executor.step
 
     def state_dict(self) -> dict[str, Tensor]:
         """Name -> exact fp32 master, on the CPU."""
@@ -111,6 +159,19 @@ class Streamed:
     def close(self) -> None:
         """Ends what is on its way, and the lanes' threads."""
         self.store.lanes.close()
+
+    def _on_device(self, call: str, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches where the arithmetic is, once they are what they must be."""
+        if not batches:
+            raise InputError(f"Streamed.{call}: wanted at least one micro-batch, got none")
+        for i, batch in enumerate(batches):
+            pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+            if not pair or not all(isinstance(tensor, Tensor) for tensor in batch):
+                raise InputError(f"Streamed.{call}: batches[{i}] must be a pair of tensors (ids, targets)")
+            if batch[0].dim() == 0 or not batch[0].numel() or len(batch[0]) != len(batch[1]):
+                shapes = [tuple(tensor.shape) for tensor in batch]
+                raise InputError(f"Streamed.{call}: batches[{i}] must have as many ids as targets, got shapes {shapes}")
+        return [(ids.to(self.store.device), targets.to(self.store.device)) for ids, targets in batches]
 
     def __enter__(self) -> Streamed:
         return self
@@ -127,8 +188,33 @@ def split_layers(embed: nn.Module, blocks: Sequence[nn.Module], head: nn.Module)
     for name, part in parts:
         if not isinstance(part, nn.Module):
             raise InputError(f"Streamed: {name} must be a torch.nn.Module, got {type(part).__name__}")
+        for key, module in part.named_modules():
+            if isinstance(module, _NormBase) and module.track_running_stats:
+                raise InputError(f"Streamed: {name}.{key} keeps running statistics, which a second forward would spoil")
+        for key, buffer in part.named_buffers():
+            if buffer.is_meta:
+                raise InputError(f"Streamed: {name}.{key} must have its values, got a buffer on the meta device")
         own = {}
         for key, parameter in part.named_parameters():
+            if not parameter.requires_grad:
+                raise InputError(f"Streamed: {name}.{key} must require a gradient, got a frozen parameter")
             own[names.setdefault(id(parameter), f"{name}.{key}")] = parameter
         layers.append(Layer(name, part, own))
     return layers
+
+
+def _boundary(embed: nn.Module, sample: Tensor | None, precision: str) -> int:
+    """Bytes of a micro-batch between two layers, from a trial of the embedding."""
+    if sample is None:
+        raise InputError("Streamed: activations on the host want placement.boundary, or a sample of token ids")
+    where = next((parameter.device for parameter in embed.parameters()), sample.device)
+    with torch.no_grad(), torch.random.fork_rng([where] if where.type == "cuda" else []):
+        nbytes = embed(sample.to(where)).numel() * DTYPES[precision].itemsize
+    return -(-nbytes // 128) * 128
+
+
+def _move_buffers(part: nn.Module, device: torch.device) -> None:
+    """Buffers stay on the device for good, in their own dtype."""
+    for module in part.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)

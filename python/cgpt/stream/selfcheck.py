@@ -1,0 +1,101 @@
+"""The proof at the start of a run that what is streamed is what is computed with, and what is updated.
+
+    two steps of a few layers, streamed as the run's placement says      ==      the same two steps in memory
+
+bit for bit: losses, norms, masters and moments, which must have moved. The layers are the first, the first block and
+the first of each further kind of place, and the last; the second step computes with what the first one updated. A copy
+that does nothing, a stale copy or an update that is lost stops the run here instead of letting it learn nothing.
+
+Both runs have memory of their own, one after the other, and the store's modules, whose parameters then get back what
+they had; the store is only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cgpt.errors import InputError
+from cgpt.stream.executor import Batch, Executor
+from cgpt.stream.optimizer import AdamW
+from cgpt.stream.placement import Placement
+from cgpt.stream.store import Layer, Store
+
+STEPS, LR = 2, 1e-3
+
+
+def check(store: Store, batch: Batch) -> None:
+    """Raises InputError where a few of `store`'s layers, streamed, do not learn what they learn in memory.
+
+    batch: one micro-batch, no larger than those of the run; a single sample is enough. Not within a step.
+    """
+    place, picked = store.placement, picked_layers(store.placement)
+    layers = [store.layers[i] for i in picked]
+    disk = f"{store.disk.path}.check" if store.disk is not None else None
+    streamed = replace(
+        place,
+        weights=tuple(place.weights[i] for i in picked),
+        state=tuple(place.state[i] for i in picked),
+        recompute=tuple(place.recompute[i] for i in picked),
+        aside=None,
+    )
+    before = [(p, p.data) for layer in layers for p in layer.parameters.values()]
+    try:
+        got = _train(store, layers, streamed, batch, disk)
+        want = _train(store, layers, Placement.resident(len(layers)), batch, None)
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+    _compare(got, want, {name: store.read(name) for name in want[1]})
+
+
+def picked_layers(placement: Placement) -> list[int]:
+    """The first layer, the first block, one of each further kind of place but at least two, and the last layer."""
+    blocks = range(1, len(placement.state) - 1)
+    kinds = [(placement.weights[i], placement.state[i], placement.recompute[i]) for i in blocks]
+    first = [i for i, kind in zip(blocks, kinds, strict=True) if kind not in kinds[: i - 1]]
+    chosen = sorted({*first, *blocks[:2]})
+    return [0, *chosen, len(placement.state) - 1]
+
+
+def _train(
+    store: Store, layers: Sequence[Layer], placement: Placement, batch: Batch, disk: str | None
+) -> tuple[list, dict[str, Tensor], dict[str, Tensor]]:
+    """(losses and norms, masters, moments) after STEPS steps from `store`'s masters and moments of zero."""
+    twin = None
+    try:
+        twin = Store(layers, store.precision, str(store.device), placement=placement, disk=disk)
+        twin.initialise(lambda name, tensor: tensor.copy_(store.read(name)))
+        executor, optimizer = Executor(twin, seed=0), AdamW(twin)
+        optimizer.loss_scale = 1.0  # what overflows is skipped, and would prove nothing
+        rows = []
+        for _ in range(STEPS):
+            found = executor.gradients([[batch]], optimizer.loss_scale)
+            rows.append((found.loss, found.norm, optimizer.step(found, LR)))
+        twin.settle()
+        masters = {name: twin.read(name) for name in twin.names()}
+        moments = {f"{kind} of {n}": twin.moment(kind, n) for n in masters for kind in ("exp_avg", "exp_avg_sq")}
+        return rows, masters, moments
+    finally:
+        if twin is not None:
+            twin.lanes.close()
+            if twin.disk is not None:
+                twin.disk.close()
+
+
+def _compare(got, want, start: dict[str, Tensor]) -> None:
+    fault = None
+    for i, (here, there) in enumerate(zip(got[0], want[0], strict=True)):
+        if not there[2] or here != there:
+            fault = fault or f"step {i + 1}: loss and gradient norm {here[:2]}, in memory {there[:2]}"
+    for here, there in zip(got[1:], want[1:], strict=True):
+        for name, value in there.items():
+            if not torch.equal(here[name], value):
+                fault = fault or f"{name} differs"
+    if all(torch.equal(start[name], value) for name, value in want[1].items()):
+        fault = fault or "no weight has moved"
+    if fault:
+        raise InputError(f"self-check: wanted streaming to give the bits of a model in memory, got {fault}")
