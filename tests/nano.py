@@ -1,17 +1,24 @@
 """A model small enough for tests: `python nano.py train --model nano ...` is `cgpt` with that preset added.
 
 The vocabulary is GPT-2's, as every corpus needs; all else is as narrow as it goes: 0.8M parameters.
+`python nano.py serve` runs many such commands, each in a process of its own that has everything imported: `Runs`.
 """
 
+import contextlib
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from cgpt import checkpoint, train
 from cgpt.cli import main
+from cgpt.data.tokenizer import gpt2
 from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS, Preset
+from cgpt.stream.placement import Placement
 
 NANO = Preset(
     name="nano",
@@ -43,6 +50,76 @@ def start(*arguments: str, cwd: Path, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=cwd, env=environment, **pipes, **options)
 
 
+# embed, h.0, h.1, head: (weights, state)
+HOMES = {
+    "resident": (("device",) * 4, ("device",) * 4),
+    "host": (("host",) * 4, ("host",) * 4),
+    "disk": (("disk",) * 4, ("disk",) * 4),
+    "mixed": (("host", "device", "disk", "device"), ("disk", "host", "disk", "device")),
+}
+
+
+class Runs:
+    """Commands of cgpt, one after another, as processes that may be killed."""
+
+    def __init__(self, cwd: Path):
+        self._server = start("serve", cwd=cwd, stdin=subprocess.PIPE)
+
+    def begin(self, *arguments: str, where: str = "resident", aside: int | None = None, kill=None) -> int:
+        """Starts one; returns its process number. kill: (failpoint, count), where it kills itself."""
+        request = {"arguments": arguments, "where": where, "aside": aside, "kill": kill}
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code, less than zero for a signal's, and what it said."""
+        return tuple(json.loads(self._server.stdout.readline()))
+
+    def run(self, *arguments: str, **options) -> tuple[int, str]:
+        self.begin(*arguments, **options)
+        return self.end()
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+def serve() -> None:
+    """Answers each request of `Runs` with the process's number, and once it has ended, with how."""
+    gpt2()
+    for line in sys.stdin:
+        request, said = json.loads(line), Path("said")
+        process = os.fork()
+        if not process:
+            code = 1
+            with contextlib.suppress(SystemExit), said.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+                code = serve_one(**request)
+                sys.stdout.flush()
+            os._exit(code)
+        print(process, flush=True)
+        _, status = os.waitpid(process, 0)
+        print(json.dumps([os.waitstatus_to_exitcode(status), said.read_text()]), flush=True)
+
+
+def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | None) -> int:
+    weights, state = HOMES[where]
+    placement = Placement(weights, state, tuple(home != "device" for home in weights), aside=aside)
+    build = train.build
+    train.build = lambda *what, **_: build(*what, placement=placement, disk=os.getcwd())
+    train.sample, train.plot_loss = lambda run: "none", lambda folder, *_: folder  # of no concern, and slow
+    passed = []
+
+    def failpoint(name: str) -> None:
+        passed.append(name)
+        if kill is not None and passed.count(kill[0]) == kill[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.failpoint = failpoint
+    return main(arguments)
+
+
 if __name__ == "__main__":
     PRESETS["nano"] = NANO
-    sys.exit(main())
+    sys.exit(serve() if sys.argv[1:] == ["serve"] else main())
