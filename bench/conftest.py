@@ -28,28 +28,33 @@ def pytest_configure(config):
 
 @pytest.fixture
 def versus(benchmark, request):
-    """versus(ours, peers, flops=None, bytes=None): times `ours` with each peer run just before every round.
+    """versus(ours, peers, flops=None, bytes=None, limits={}): times `ours` with each peer run just before every round.
 
     `peers` maps a name to a callable. Records medians in seconds, the ratio best peer / ours (above 1: we are
-    faster), and the rate where `flops` or `bytes` of one call are given.
+    faster), and the rate where `flops` or `bytes` of one call are given. `limits` are timed like the peers and count in
+    no ratio: what the machine can do at best.
     """
 
-    def measure(ours, peers, *, flops=None, bytes=None, seconds=3.0):
-        calls = {"ours": ours, **peers}
+    def measure(ours, peers, *, flops=None, bytes=None, limits=None, seconds=3.0):
+        limits = limits or {}
+        calls = {"ours": ours, **peers, **limits}
         for call in calls.values():
             call()
         once = sum(timed(call) for call in calls.values())
         rounds = max(5, min(200, int(seconds / once)))
-        times = {name: [] for name in peers}
+        times = {name: [] for name in (*peers, *limits)}
 
         def run_peers():
-            for name, call in peers.items():
-                times[name].append(timed(call))
+            for name in times:
+                times[name].append(timed(calls[name]))
 
         benchmark.pedantic(ours, setup=run_peers, rounds=rounds, warmup_rounds=0)
         row = {"name": request.node.name, "rounds": rounds, "seconds": benchmark.stats.stats.median}
-        row["peers"] = {name: statistics.median(values) for name, values in times.items()}
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        row["peers"] = {name: medians[name] for name in peers}
         row["ratio"] = min(row["peers"].values()) / row["seconds"]
+        if limits:
+            row["limits"] = {name: medians[name] for name in limits}
         if flops:
             row["gflops"] = flops / row["seconds"] / 1e9
         if bytes:
@@ -81,6 +86,11 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{row['name']:58} {row['seconds'] * 1e3:10.3f} ms  {peer:18} {row['peers'][peer] * 1e3:10.3f} ms"
             f"  {row['ratio']:6.2f} x {rate}"
         )
+        if "limits" in row:
+            others = [
+                f"{value / row['seconds']:.2f} x {name}" for name, value in (row["peers"] | row["limits"]).items()
+            ]
+            terminalreporter.write_line("    " + ", ".join(others))
     if config.getoption("--save-results"):
         for op, rows in ops.items():
             terminalreporter.write_line(f"wrote {save(op, {'rows': rows})}")

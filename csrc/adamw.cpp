@@ -1,7 +1,7 @@
-// The border of adamw. Of each parameter: param and grad in fp32, bf16 or fp16; exp_avg, exp_avg_sq and master fp32;
-// low int16 beside a bf16 param; all of one shape and one dense layout, on one device, no two sharing memory.
-// step (fp32 or int64), lr (fp32 or fp64), grad_scale (fp32) and the seed (int64) are 0-d tensors on that device where
-// they are tensors.
+// The border of adamw. Of each parameter: param and grad in fp32, bf16 or fp16; exp_avg and exp_avg_sq fp32, or
+// bf16 with a seed on the CPU; master fp32; low int16 beside a bf16 param; all of one shape and one dense layout, on
+// one device, no two sharing memory. step (fp32 or int64), lr (fp32 or fp64), grad_scale (fp32) and the seed (int64)
+// are 0-d tensors on that device where they are tensors.
 #include "adamw.h"
 
 #include <algorithm>
@@ -94,7 +94,8 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
     if (!lows.empty()) check_count("lows", n, lows.size());
     if (!masters.empty() && !lows.empty()) fail(kOp, "lows", "None where masters are given", "both");
     const bool stochastic = seed || seed_tensor;
-    if (stochastic && !(masters.empty() && lows.empty()))
+    const bool half_states = stochastic && n != 0 && exp_avgs[0].dtype == DType::bf16;
+    if (stochastic && !half_states && !(masters.empty() && lows.empty()))
         fail(kOp, "stochastic_rounding_seed", "None where masters or lows are given", "a seed");
     if (steps.size() > 1) check_count("step", n, steps.size());
     if (steps.empty() && step < 1) fail(kOp, "step", "at least 1", std::to_string(step));
@@ -103,12 +104,15 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
     if (!(eps >= 0.0)) fail(kOp, "eps", "at least 0", std::to_string(eps));
     if (n == 0) return;
 
-    const Weights weights = !masters.empty() ? Weights::master
-                            : !lows.empty()  ? Weights::split
-                            : stochastic     ? Weights::stochastic
-                                             : Weights::plain;
+    const Weights weights = !masters.empty()                                                ? Weights::master
+                            : !lows.empty()                                                 ? Weights::split
+                            : stochastic && !(half_states && params[0].dtype == DType::f32) ? Weights::stochastic
+                                                                                            : Weights::plain;
     const std::vector<View>& rests = weights == Weights::master ? masters : lows;
     const View& first = params[0];
+    const DType states = half_states ? DType::bf16 : DType::f32;
+    if (half_states && first.device == Device::cuda)
+        throw TypeError(std::string(kOp) + ": " + item("exp_avgs", 0) + " must be float32 on cuda, got bfloat16");
     std::vector<AdamWTensor> tensors;
     std::vector<Range> ranges;
     tensors.reserve(n);
@@ -117,7 +121,9 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
         const View& p = params[i];
         Arg arg(kOp, item("params", i), p);
         arg.on(first);
-        if (weights == Weights::plain)
+        if (weights == Weights::plain && half_states)
+            arg.dtype({DType::f32});
+        else if (weights == Weights::plain)
             arg.dtype(kFloats);
         else if (weights == Weights::master)
             arg.dtype({DType::bf16, DType::f16});
@@ -125,23 +131,23 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
             arg.dtype({DType::bf16});
         if (!dense(p)) fail(kOp, item("params", i), "dense", "shape " + shape_of(p) + " with strides " + strides_of(p));
         check_like("grads", i, grads[i], p, first, kFloats);
-        check_like("exp_avgs", i, exp_avgs[i], p, first, {DType::f32});
-        check_like("exp_avg_sqs", i, exp_avg_sqs[i], p, first, {DType::f32});
+        check_like("exp_avgs", i, exp_avgs[i], p, first, {states});
+        check_like("exp_avg_sqs", i, exp_avg_sqs[i], p, first, {states});
         if (weights == Weights::master) check_like("masters", i, masters[i], p, first, {DType::f32});
         if (weights == Weights::split) check_like("lows", i, lows[i], p, first, {DType::i16});
         const View* own = steps.empty() ? nullptr : steps.size() == 1 ? &steps[0] : &steps[i];
         const int64_t numel = p.numel();
         if (numel == 0) continue;
-        tensors.push_back({p.data, grads[i].data, exp_avgs[i].as<float>(), exp_avg_sqs[i].as<float>(),
+        tensors.push_back({p.data, grads[i].data, exp_avgs[i].data, exp_avg_sqs[i].data,
                            rests.empty() ? nullptr : rests[i].data, own ? own->data : nullptr, numel, p.dtype,
-                           grads[i].dtype, static_cast<int64_t>(i)});
+                           grads[i].dtype, states, static_cast<int64_t>(i)});
         auto add = [&](const char* list, const View& v, int64_t bytes, bool written) {
             ranges.push_back({v.as<char>(), v.as<char>() + numel * bytes, written, list, i});
         };
         add("params", p, bytes_of(p.dtype), true);
         add("grads", grads[i], bytes_of(grads[i].dtype), false);
-        add("exp_avgs", exp_avgs[i], 4, true);
-        add("exp_avg_sqs", exp_avg_sqs[i], 4, true);
+        add("exp_avgs", exp_avgs[i], bytes_of(states), true);
+        add("exp_avg_sqs", exp_avg_sqs[i], bytes_of(states), true);
         if (!rests.empty())
             add(weights == Weights::master ? "masters" : "lows", rests[i], bytes_of(rests[i].dtype), true);
     }

@@ -83,12 +83,26 @@ CGPT_SHARED StochasticKeys stochastic_keys(const AdamWCoefficients& c, int64_t i
     return {stochastic_absorb(c.keys[0], high), stochastic_absorb(c.keys[1], high)};
 }
 
-// The bf16 that fp32 `bits` are rounded to at random, in the low halves; i: the element's index modulo 2^32; nan: all
-// ones where the value is a NaN, which stays one.
+// Those of the same elements' moments, which must not be rounded by the weights' bits.
+CGPT_SHARED StochasticKeys stochastic_state_keys(StochasticKeys keys) {
+    return {stochastic_absorb(keys.first, 1), stochastic_absorb(keys.second, 1)};
+}
+
+// i: the element's index modulo 2^32.
+template <class U>
+CGPT_SHARED U stochastic_bits(U i, StochasticKeys keys) {
+    return stochastic_mix(stochastic_mix(i ^ keys.first) ^ keys.second);
+}
+
+// The bf16 that fp32 `bits` are rounded to by 16 random bits, in the low halves; nan: all ones where the value is a
+// NaN, which stays one.
+template <class U>
+CGPT_SHARED U stochastic_round_by(U bits, U nan, U random) {
+    return ((bits | (nan & 0x400000u)) + (random & ~nan)) >> 16;
+}
 template <class U>
 CGPT_SHARED U stochastic_round(U bits, U nan, U i, StochasticKeys keys) {
-    const U random = stochastic_mix(stochastic_mix(i ^ keys.first) ^ keys.second);
-    return (((bits + (random >> 16)) >> 16) & ~nan) | (((bits >> 16) | 0x40u) & nan);
+    return stochastic_round_by(bits, nan, stochastic_bits(i, keys) >> 16);
 }
 
 // `step`: the tensor's own, or null; `index`: which of the call's tensors it is.
@@ -134,7 +148,7 @@ CGPT_SHARED void adamw_update(const AdamWCoefficients& c, Float grad, Float& p, 
 // U: uint32_t or a vector of them; nan: all ones in the lanes that hold a NaN.
 template <class U>
 CGPT_SHARED U split_high(U bits, U nan) {
-    return (((bits + 0x8000u) >> 16) & ~nan) | (((bits >> 16) | 0x40u) & nan);
+    return ((bits | (nan & 0x400000u)) + (~nan & 0x8000u)) >> 16;
 }
 template <class U>
 CGPT_SHARED U split_low(U bits, U nan) {  // as the low half of 32 bits; bits - (high << 16) is these 16 bits, signed

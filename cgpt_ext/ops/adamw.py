@@ -51,15 +51,16 @@ def adamw_(
     Args:
         params: fp32, bf16 or fp16. Without `masters` and `lows`, bf16 and fp16 are rounded to nearest every step.
         grads: fp32, bf16 or fp16, whatever the parameters are.
-        exp_avgs, exp_avg_sqs: fp32.
+        exp_avgs, exp_avg_sqs: fp32; on a CPU and with a seed also bf16, all of them, whatever else keeps the weights.
         step: an int, an fp32 or int64 tensor, or one such tensor a parameter. A tensor below 1 skips the update.
         lr: a number, or an fp32 or fp64 tensor.
         masters: fp32 weights behind bf16 or fp16 `params`, which receive them rounded to nearest even.
         lows: int16 low halves of split masters whose high halves are the bf16 `params` (see `split_master`).
         grad_scale: fp32; multiplies every gradient: a clip coefficient, or one over a loss scale.
         maximize: ascends.
-        stochastic_rounding_seed: an int64, or an int64 tensor. The bf16 `params`, without masters and lows, are rounded
-            up or down at random instead of to nearest, so that steps below their last bit add up on average. The
+        stochastic_rounding_seed: an int64, or an int64 tensor. The bf16 `params`, without masters and lows, and bf16
+            `exp_avgs` and `exp_avg_sqs` are rounded up or down at random instead of to nearest, so that steps below
+            their last bit add up on average. The
             random bits are a function of the seed, the step, the parameter's place in `params` and the element's in
             memory, the same on every device (csrc/adamw.h states it): give lists that step together different seeds.
 
@@ -121,16 +122,18 @@ def adamw_ref(
         rate = float(lr)
         c2 = math.sqrt(1.0 - _power(beta2, t))
         step_size = rate * c2 / (1.0 - _power(beta1, t))
-        kind = exp_avg.dtype
+        half_states = exp_avg.dtype == torch.bfloat16 and stochastic_rounding_seed is not None
+        kind = torch.float32 if half_states else exp_avg.dtype
         one_minus_beta1, beta2_, one_minus_beta2, decay, minus_step_size, eps_ = torch.tensor(
             [1.0 - beta1, beta2, 1.0 - beta2, 1.0 - rate * weight_decay, -step_size, eps * c2], dtype=torch.float64
         ).to(param.device, kind)
         g = grad.detach().to(kind) * (1.0 if grad_scale is None else grad_scale.to(kind)) * (-1.0 if maximize else 1.0)
         p = masters[i] if masters else join_master(param, lows[i]) if lows else param.detach().to(kind)
-        exp_avg.copy_(_fma(one_minus_beta1, g - exp_avg, exp_avg))
-        exp_avg_sq.copy_(_fma(beta2_, exp_avg_sq, one_minus_beta2 * g * g))
-        root = exp_avg_sq.double().sqrt().to(kind)  # torch's own fp32 sqrt on a CPU is not correctly rounded
-        d = exp_avg / (root + eps_)
+        m, v = exp_avg.to(kind), exp_avg_sq.to(kind)
+        m = _fma(one_minus_beta1, g - m, m)
+        v = _fma(beta2_, v, one_minus_beta2 * g * g)
+        root = v.double().sqrt().to(kind)  # torch's own fp32 sqrt on a CPU is not correctly rounded
+        d = m / (root + eps_)
         p = _fma(minus_step_size, d, p * decay)
         if masters:
             masters[i].copy_(p)
@@ -138,7 +141,12 @@ def adamw_ref(
             high, low = split_master(p)
             lows[i].copy_(low)
             p = high
-        if stochastic_rounding_seed is not None:
+        if half_states:
+            random = _random(exp_avg, int(stochastic_rounding_seed), t, i, state=True)
+            m, v = _rounded(m, random >> 16), _rounded(v, random & 0xFFFF)
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        if stochastic_rounding_seed is not None and param.dtype == torch.bfloat16 and not (masters or lows):
             p = _stochastic(p, param, int(stochastic_rounding_seed), t, i)
         with torch.no_grad():
             param.copy_(p)
@@ -202,19 +210,31 @@ def _low_half(x: Tensor) -> Tensor:
 
 
 def _stochastic(x: Tensor, like: Tensor, seed: int, step: int, index: int) -> Tensor:
-    """fp32 `x` rounded to bf16 at random, by the generator of csrc/adamw.h; elements are counted as `like` lies."""
-    i = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
-    for d in range(x.dim()):
-        along = torch.arange(x.shape[d], device=x.device) * like.stride(d)
-        i = i + along.view(-1, *[1] * (x.dim() - d - 1))
+    """fp32 `x` rounded to bf16 at random; elements are counted as `like` lies."""
+    return _rounded(x, _random(like, seed, step, index, device=x.device) >> 16)
+
+
+def _random(like: Tensor, seed: int, step: int, index: int, state: bool = False, device=None) -> Tensor:
+    """32 bits an element in int64, by the generator of csrc/adamw.h: a parameter's, or its moments'."""
+    device = device or like.device
+    i = torch.zeros(like.shape, dtype=torch.int64, device=device)
+    for d in range(like.dim()):
+        along = torch.arange(like.shape[d], device=device) * like.stride(d)
+        i = i + along.view(-1, *[1] * (like.dim() - d - 1))
     keys = []
     for key in (0, 1):
         for word in (seed, seed >> 32, step, step >> 32, index):
             key = _mix(key + (word & _32_BITS) + 0x9E3779B9 & _32_BITS)
         keys.append(_mix((i >> 32) + key + 0x9E3779B9 & _32_BITS))
-    random = _mix(_mix(i & _32_BITS ^ keys[0]) ^ keys[1])
+    if state:
+        keys = [_mix(key + 1 + 0x9E3779B9 & _32_BITS) for key in keys]
+    return _mix(_mix(i & _32_BITS ^ keys[0]) ^ keys[1])
+
+
+def _rounded(x: Tensor, random: Tensor) -> Tensor:
+    """fp32 `x` rounded to bf16 by 16 random bits an element."""
     bits = x.view(torch.int32)
-    rounded = torch.where(x.isnan(), bits >> 16 | 0x40, (bits.long() & _32_BITS) + (random >> 16) >> 16)
+    rounded = torch.where(x.isnan(), bits >> 16 | 0x40, (bits.long() & _32_BITS) + random >> 16)
     return _low_half(rounded).view(torch.bfloat16)
 
 
@@ -309,6 +329,8 @@ def _launch(
         )
         return
     stochastic = {} if seed is None and seed_tensor is None else {"stochastic_rounding_seed": seed}
+    if chosen == "triton" and any(x.dtype != torch.float32 for x in (*exp_avgs, *exp_avg_sqs)):
+        raise TypeError("adamw: exp_avgs and exp_avg_sqs must be float32 for the Triton kernel, got another dtype")
     if stochastic and chosen == "triton":
         raise ValueError("adamw: stochastic_rounding_seed must be None for the Triton kernel, got a seed")
     if seed_tensor is not None:

@@ -34,6 +34,12 @@ CGPT_INLINE void put_bits(uint16_t* p, vu x, int64_t n) {
 
 CGPT_INLINE vf join(vu high, vu low) { return as_float(split_join(high, low)); }
 
+CGPT_INLINE vu indices(int64_t i) {  // of the lanes' elements, modulo 2^32
+    vu index{};
+    for (int lane = 0; lane < W; ++lane) index[lane] = static_cast<uint32_t>(lane);
+    return index + static_cast<uint32_t>(i);
+}
+
 CGPT_INLINE vu nan_lanes(vf x) { return reinterpret_cast<vu>(x != x); }
 
 // Where the fp32 weight of element i is kept.
@@ -86,27 +92,66 @@ struct Stochastic {
     Stochastic(const AdamWTensor& t, StochasticKeys keys) : param(static_cast<uint16_t*>(t.param)), keys(keys) {}
     CGPT_INLINE vf get(int64_t i, int64_t n) const { return as_float(get_bits(param + i, n) << 16); }
     CGPT_INLINE void put(int64_t i, vf x, int64_t n) const {
-        vu index{};
-        for (int lane = 0; lane < W; ++lane) index[lane] = static_cast<uint32_t>(lane);
-        index += static_cast<uint32_t>(i);
-        put_bits(param + i, stochastic_round(reinterpret_cast<vu>(x), nan_lanes(x), index, keys), n);
+        put_bits(param + i, stochastic_round(reinterpret_cast<vu>(x), nan_lanes(x), indices(i), keys), n);
     }
 };
 
-template <class Kept, class G>
+// Where exp_avg and exp_avg_sq are kept.
+struct Moments {
+    float *m, *v;
+    Moments(const AdamWTensor& t, StochasticKeys)
+        : m(static_cast<float*>(t.exp_avg)), v(static_cast<float*>(t.exp_avg_sq)) {}
+    template <class N>
+    CGPT_INLINE void get(int64_t i, vf& first, vf& second, N n) const {
+        first = CGPT_ISA::get(m + i, n);
+        second = CGPT_ISA::get(v + i, n);
+    }
+    template <class N>
+    CGPT_INLINE void put(int64_t i, vf first, vf second, N n) const {
+        CGPT_ISA::put(m + i, first, n);
+        CGPT_ISA::put(v + i, second, n);
+    }
+};
+
+struct HalfMoments {
+    uint16_t *m, *v;
+    StochasticKeys keys;
+    HalfMoments(const AdamWTensor& t, StochasticKeys weights)
+        : m(static_cast<uint16_t*>(t.exp_avg)),
+          v(static_cast<uint16_t*>(t.exp_avg_sq)),
+          keys(stochastic_state_keys(weights)) {}
+    CGPT_INLINE void get(int64_t i, vf& first, vf& second, int64_t n) const {
+        first = as_float(get_bits(m + i, n) << 16);
+        second = as_float(get_bits(v + i, n) << 16);
+    }
+    CGPT_INLINE void put(int64_t i, vf first, vf second, int64_t n) const {
+        const vu random = stochastic_bits(indices(i), keys);
+        put_bits(m + i, stochastic_round_by(reinterpret_cast<vu>(first), nan_lanes(first), random >> 16), n);
+        put_bits(v + i, stochastic_round_by(reinterpret_cast<vu>(second), nan_lanes(second), random & 0xffffu), n);
+    }
+};
+
+template <class Kept, class States, class G>
 void update(const AdamWTensor& t, const AdamWCoefficients& coefficients, int64_t begin, int64_t end) {
-    const AdamWCoefficients c = coefficients;       // a copy of our own: the stores below cannot change it
-    const Kept kept(t, stochastic_keys(c, begin));  // a chunk does not cross a multiple of 2^32
+    const AdamWCoefficients c = coefficients;               // a copy of our own: the stores below cannot change it
+    const StochasticKeys keys = stochastic_keys(c, begin);  // a chunk does not cross a multiple of 2^32
+    const Kept kept(t, keys);
+    const States states(t, keys);
     const G* grad = static_cast<const G*>(t.grad);
-    float *exp_avg = t.exp_avg, *exp_avg_sq = t.exp_avg_sq;
     for_lanes(end - begin, [&](int64_t offset, auto n) {
         const int64_t i = begin + offset;
-        vf p = kept.get(i, n), m = get(exp_avg + i, n), v = get(exp_avg_sq + i, n);
+        vf p = kept.get(i, n), m, v;
+        states.get(i, m, v, n);
         adamw_update<Math>(c, get(grad + i, n), p, m, v);
         kept.put(i, p, n);
-        put(exp_avg + i, m, n);
-        put(exp_avg_sq + i, v, n);
+        states.put(i, m, v, n);
     });
+}
+
+template <class Kept, class G>
+void update(const AdamWTensor& t, const AdamWCoefficients& c, int64_t begin, int64_t end) {
+    if (t.state_dtype == DType::bf16) return update<Kept, HalfMoments, G>(t, c, begin, end);
+    update<Kept, Moments, G>(t, c, begin, end);
 }
 
 }  // namespace

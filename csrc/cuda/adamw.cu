@@ -189,8 +189,10 @@ void adamw_cuda(const AdamWArgs& a, int device_id) {
             for (const void* p : {static_cast<const void*>(t.param), t.grad, static_cast<const void*>(t.exp_avg),
                                   static_cast<const void*>(t.exp_avg_sq), static_cast<const void*>(t.rest)})
                 aligned = aligned && aligned16(p);
-            table.entries[table.count++] = {t.param, t.grad,  t.exp_avg, t.exp_avg_sq, t.rest,
-                                            t.step,  t.numel, t.index,   chunks,       aligned};
+            float *const exp_avg = static_cast<float*>(t.exp_avg), *const exp_avg_sq =
+                                                                       static_cast<float*>(t.exp_avg_sq);
+            table.entries[table.count++] = {t.param, t.grad,  exp_avg, exp_avg_sq, t.rest,
+                                            t.step,  t.numel, t.index, chunks,     aligned};
             chunks += static_cast<uint32_t>((t.numel + kChunk - 1) / kChunk);
         }
         launch("adamw", kernel_for(a.weights, kind.dtype, kind.grad_dtype), dim3(chunks), dim3(kThreads),

@@ -1,6 +1,6 @@
 """`cgpt`: the only reader of the command line.
 
-    train   eval   generate   data prepare   data info   info
+    train   plan   eval   generate   data prepare   data info   info
 
 Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
 (128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
@@ -25,9 +25,12 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
-from cgpt.recipe import Int, Switch, Text, TrainConfig
+from cgpt.recipe import Float, Int, Switch, Text, TrainConfig
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Link = Annotated[
+    Literal["gen5", "gen4", "copy"] | None, tyro.conf.arg(metavar="{gen5,gen4,copy}", help_behavior_hint="")
+]
 Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]
 
 
@@ -101,6 +104,41 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Where a model's memory would live on a machine that need not be this one, and how fast it would train there.
+
+    Layer weights, gradients and optimizer state go to the device, the host and a disk, as far as each has room. What
+    cannot fit is refused with the nearest setting that can: a flag to change.
+    """
+
+    model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "13B"
+    """A preset, as `cgpt info` lists them."""
+    device: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "h100"
+    """h100, h200, a100-80gb, rtx-4090 or cpu."""
+    device_memory: Text = None
+    """Of it to use, such as 4GiB or 80GB (default: what the device has)."""
+    host_memory: Text = None
+    """Of the host to use (default: what this machine has left)."""
+    disk_space: Text = None
+    """For what the host has no room for, on an NVMe drive (default: none)."""
+    link: Link = None
+    """Between host and device: PCIe 5.0 or 4.0, or a copy in memory (default: the device's)."""
+    host_bandwidth: Text = None
+    """Of the host's memory for AdamW, a second, such as 150GB (default: a usual host's of the device)."""
+    sustained: Float = None
+    """Share of the device's peak that its products reach (default: measured by others on the device)."""
+    tokens_per_step: Int = None
+    """Tokens between two updates (default: the preset's largest batch). With all in one visit gradients are half as
+    large."""
+    tokens_per_visit: Int = None
+    """Tokens that a layer's weights serve each time they come; activations grow with it (default: the fastest)."""
+    precision: Annotated[Literal["bf16", "fp32", "fp16"], tyro.conf.arg(metavar="{bf16,fp32,fp16}")] = "bf16"
+    """Of weights and activations."""
+    json: Switch = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Presets with their exact sizes, and which implementation serves each op on this machine, and why."""
 
@@ -110,6 +148,7 @@ class Info:
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Data, tyro.conf.subcommand("data")]
@@ -178,7 +217,7 @@ def run(command) -> int:
         return _train(command)
     if isinstance(command, Data):
         command = command.command
-    steps = {Eval: _eval, Generate: _generate, Prepare: _prepare, DataInfo: _data_info, Info: _info}
+    steps = {Plan: _plan, Eval: _eval, Generate: _generate, Prepare: _prepare, DataInfo: _data_info, Info: _info}
     steps[type(command)](command)
     return 0
 
@@ -188,6 +227,28 @@ def _train(config: TrainConfig) -> int:
 
     summary = train(config)
     return 128 + summary.stopped_by if summary.stopped_by else 0
+
+
+def _plan(command: Plan) -> None:
+    from cgpt.plan import problem, solve
+    from cgpt.plan_report import show, to_dict
+
+    found = solve(
+        problem(
+            command.model,
+            command.device,
+            device_memory=command.device_memory,
+            host_memory=command.host_memory,
+            disk_space=command.disk_space,
+            link=command.link,
+            sustained=command.sustained,
+            host_bandwidth=command.host_bandwidth,
+            tokens_per_step=command.tokens_per_step,
+            tokens_per_visit=command.tokens_per_visit,
+            precision=command.precision,
+        )
+    )
+    print(json.dumps(to_dict(found), indent=1) if command.json else show(found))
 
 
 def _eval(command: Eval) -> None:

@@ -1,28 +1,32 @@
 """`cgpt plan`: where a model's memory would live on a machine that need not be here, and how fast it would train.
 
-Settings tried: every number of visits a step, micro-batches of one, two and four sequences, activations on the device
-and on the host, more or fewer layers at home on the device. The fastest by forecast wins; of those within half a
-percent, the one with the fewest tokens a visit. Imports no torch.
+Settings tried: numbers of visits a step a quarter apart, micro-batches of one and of four sequences, activations on the
+device and on the host, more or fewer layers at home on the device. The fastest by forecast wins; of those within half
+a percent, the one with the largest micro-batches and then the fewest tokens a visit. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from cgpt.errors import InputError
+from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS
 from cgpt.recipe import MICRO_BATCH_TOKENS
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.stream.account import Account, account
-from cgpt.stream.forecast import Forecast, Rates, Work, forecast
+from cgpt.stream.forecast import Forecast, Rates, Work, forecast, hides
 from cgpt.stream.gpt_plans import gpt_plans
-from cgpt.stream.hardware import DEVICES, DRIVE, LINKS, Hardware
-from cgpt.stream.limits import Budgets
+from cgpt.stream.hardware import DEVICES, DRIVE, LINKS, Hardware, Link
+from cgpt.stream.limits import Budgets, limits, parse_bytes
 from cgpt.stream.placement import Placement
 from cgpt.stream.planner import DoesNotFit, Setting, place
 
 NEAR_BEST = 1.005
+RESIDENT_BEST = 1.03  # what a model that fits may lose to streaming, whose forecast rests on more assumptions
+GRID = 1.25  # from one number of visits that is tried to the next
 DAY = 86400
 
 
@@ -32,6 +36,7 @@ class Problem:
 
     model: str
     hardware: Hardware
+    link: Link
     budgets: Budgets
     rates: Rates
     tokens_per_step: int
@@ -39,8 +44,19 @@ class Problem:
     precision: str
 
     @property
-    def shape(self):
+    def shape(self) -> GPTConfig:
         return PRESETS[self.model].config
+
+    @property
+    def beside(self) -> str:
+        """The tier that torch's own memory is of."""
+        return "host" if self.link is LINKS["copy"] else "device"
+
+    @property
+    def work(self) -> Work:
+        shape = self.shape
+        attention = 2 * shape.seq_len * shape.d_model  # causal: half of every score and of every weighted sum
+        return Work(self.precision, self.tokens_per_step, shape.d_model, attention, self.hardware.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -62,20 +78,45 @@ class Found:
         """FLOP/s of the model's own products: recomputation is not counted."""
         return matmul_flops_per_token(self.problem.shape) * self.forecast.tokens / self.forecast.seconds
 
+    @property
+    def streamed(self) -> float:
+        """The share of weights that comes to the device in every visit."""
+        plans = gpt_plans(self.problem.shape)
+        sizes = [(plan.owned.size, at) for plan, at in zip(plans, self.placement.weights, strict=True)]
+        return sum(size for size, at in sizes if at != "device") / sum(size for size, _ in sizes)
+
+    @property
+    def hides_from(self) -> dict[str, float]:
+        """Tokens a visit from which on each lane hides behind the arithmetic."""
+        problem = self.problem
+        away = any(home != "device" for home in self.placement.state)
+        found = hides(problem.rates, problem.precision, self.streamed, self.setting.visits)
+        return {lane: tokens for lane, tokens in found.items() if tokens and away}
+
+    @property
+    def drive_days(self) -> float | None:
+        """Days until a drive of the disk's budget has been written as often as it is rated for."""
+        if not self.forecast.disk_written:
+            return None
+        steps = DRIVE.endurance * self.problem.budgets.disk / self.forecast.disk_written
+        return steps * self.forecast.seconds / DAY
+
 
 def problem(
     model: str,
     device: str,
-    budgets: Budgets,
     *,
+    device_memory: str | None = None,
+    host_memory: str | None = None,
+    disk_space: str | None = None,
     link: str | None = None,
     sustained: float | None = None,
-    host_bandwidth: float | None = None,
+    host_bandwidth: str | None = None,
     tokens_per_step: int | None = None,
     tokens_per_visit: int | None = None,
     precision: str = "bf16",
 ) -> Problem:
-    """From names and what is not given. Raises InputError, naming the flag."""
+    """From names and sizes as they are written, None for what is not given. Raises InputError, naming the flag."""
     _one_of("model", model, PRESETS)
     _one_of("device", device, DEVICES)
     hardware, preset = DEVICES[device], PRESETS[model]
@@ -89,12 +130,19 @@ def problem(
         raise InputError(f"--tokens-per-visit: wanted at most the {step} of a step, got {tokens_per_visit}")
     if sustained is not None and not 0 < sustained <= 1:
         raise InputError(f"--sustained: wanted a share of the peak up to 1, got {sustained:g}")
+    budgets = Budgets(
+        parse_bytes(device_memory, "--device-memory") if device_memory else int(hardware.memory),
+        parse_bytes(host_memory, "--host-memory") if host_memory else limits().host or 0,
+        parse_bytes(disk_space, "--disk-space") if disk_space else 0,
+    )
     share = hardware.sustained if sustained is None else sustained
     slower = 2 if precision == "fp32" else 1  # products of tf32 go at half the rate of bf16
-    wire = LINKS[link or hardware.link].rate
-    memory = host_bandwidth or hardware.host
-    rates = Rates(hardware.peak * share / slower, wire, wire, memory, DRIVE.read, DRIVE.write)
-    return Problem(model, hardware, budgets, rates, step, tokens_per_visit, precision)
+    wire = LINKS[link or hardware.link]
+    memory = parse_bytes(host_bandwidth, "--host-bandwidth") if host_bandwidth else hardware.host
+    if not memory:
+        raise InputError(f"--host-bandwidth: wanted more than nothing, got {host_bandwidth}")
+    rates = Rates(hardware.peak * share / slower, wire.rate, wire.rate, memory, DRIVE.read, DRIVE.write)
+    return Problem(model, hardware, wire, budgets, rates, step, tokens_per_visit, precision)
 
 
 def solve(problem: Problem) -> Found:
@@ -109,40 +157,34 @@ def solve(problem: Problem) -> Found:
     if not found:
         raise _nearest(problem, refusals)
     best = min(answer.forecast.seconds for answer in found)
+    resident = [answer for answer in found if set(answer.placement.state) == {"device"}]
+    if resident and min(answer.forecast.seconds for answer in resident) <= RESIDENT_BEST * best:
+        found, best = resident, min(answer.forecast.seconds for answer in resident)
     near = [answer for answer in found if answer.forecast.seconds <= NEAR_BEST * best]
-    return min(near, key=lambda answer: (answer.tokens_per_visit, answer.forecast.seconds))
+    return min(near, key=lambda x: (-x.setting.micro_batch_tokens, x.tokens_per_visit, x.forecast.seconds))
 
 
 def _settings(problem: Problem) -> Iterator[Setting]:
-    """Micro-batches of up to MICRO_BATCH_TOKENS, and every number of them a visit that makes another number of visits."""
+    """Micro-batches of up to MICRO_BATCH_TOKENS, visits from one a step to one a micro-batch."""
     seq_len, width = problem.shape.seq_len, problem.shape.d_model
     sequences = problem.tokens_per_step // seq_len
-    for each in (4, 2, 1):
+    for each in (4, 1):
         if each > sequences or each * seq_len > max(seq_len, MICRO_BATCH_TOKENS):
             continue
         count = -(-sequences // each)
+        if problem.tokens_per_visit and problem.tokens_per_visit % (each * seq_len):
+            continue
         if problem.tokens_per_visit:
-            rows = (
-                [problem.tokens_per_visit // (each * seq_len)]
-                if problem.tokens_per_visit % (each * seq_len) == 0
-                else []
-            )
+            rows = [problem.tokens_per_visit // (each * seq_len)]
         else:
-            rows = sorted({-(-count // visits) for visits in range(1, count + 1)})
+            rows = sorted({-(-count // round(GRID**power)) for power in range(math.ceil(math.log(count, GRID)) + 1)})
         for some in rows:
-            yield Setting(problem.precision, each * seq_len, width, some, -(-count // some))
+            yield Setting(problem.precision, each * seq_len, width, some, -(-count // some), problem.beside)
 
 
 def _placed(problem: Problem, plans, setting: Setting) -> list[Found]:
     """One setting with activations here and there, and with all, some and none of the records that the device could
     hold."""
-    work = Work(
-        problem.precision,
-        problem.tokens_per_step,
-        setting.width,
-        2 * problem.shape.seq_len * problem.shape.d_model,  # causal: half of every score and of every weighted sum
-        problem.hardware.bandwidth,
-    )
     found, refusals = {}, []
     for activations in ("device", "host"):
         try:
@@ -151,7 +193,7 @@ def _placed(problem: Problem, plans, setting: Setting) -> list[Found]:
             refusals.append(refusal)
             continue
         most = fullest.state.count("device")
-        for state in {most, most * 3 // 4, most // 2, most // 4, 0}:
+        for state in {most, most // 2, 0}:
             for weights in (None, state):
                 try:
                     options = {"activations": activations, "most_state": state, "most_weights": weights}
@@ -166,8 +208,8 @@ def _placed(problem: Problem, plans, setting: Setting) -> list[Found]:
             problem,
             setting,
             placement,
-            account(plans, placement, setting.precision, setting.micro_batch_tokens, setting.width),
-            forecast(plans, placement, problem.rates, work),
+            account(plans, placement, setting.precision, setting.micro_batch_tokens, setting.width, setting.beside),
+            forecast(plans, placement, problem.rates, problem.work),
         )
         for placement in found
     ]
@@ -181,31 +223,50 @@ def _nearest(problem: Problem, refusals: list[tuple[DoesNotFit, Setting]]) -> In
     disks = [pair[0].disk for pair in refusals if pair[0].disk]
     if disks:
         flags.append(f"--disk-space {_whole(min(disks))}")
-    fewer = _fewer_tokens(problem)
-    if fewer:
-        flags.append(f"--tokens-per-step {fewer}")
+    for flag, tokens in (("tokens-per-visit", _tokens_a_visit(problem)), ("tokens-per-step", _tokens_in_one(problem))):
+        if tokens:
+            flags.append(f"--{flag} {tokens}")
     return InputError(
         f"--{refusal.limit}-memory: {problem.model} at {setting.micro_batches * setting.micro_batch_tokens} tokens a "
-        f"visit, {setting.visits} visits a step: {refusal}; nearest: {' or '.join(flags)}"
+        f"visit, {setting.visits} visit{'s' * (setting.visits > 1)} a step: {refusal}; nearest: {' or '.join(flags)}"
     )
 
 
-def _fewer_tokens(problem: Problem) -> int | None:
-    """The most tokens a step that fit in one visit: gradients are then half as large. None where even one does not."""
-    plans, seq_len = gpt_plans(problem.shape), problem.shape.seq_len
+def _tokens_a_visit(problem: Problem) -> int | None:
+    """The most tokens that fit where more a visit were asked for. None where even one sequence does not."""
+    if problem.tokens_per_visit is None:
+        return None
+    sequences = problem.tokens_per_step // problem.shape.seq_len
+    return _most_sequences(problem, problem.tokens_per_visit, lambda rows: -(-sequences // rows))
 
-    def fits(sequences: int) -> bool:
-        try:
-            place(plans, problem.budgets, Setting(problem.precision, seq_len, problem.shape.d_model, sequences))
-        except DoesNotFit:
-            return False
-        return True
 
-    low, high = 0, problem.tokens_per_step // seq_len
+def _tokens_in_one(problem: Problem) -> int | None:
+    """The most tokens a step that fit in one visit: gradients are then half as large."""
+    if problem.tokens_per_visit is None:
+        return _most_sequences(problem, problem.tokens_per_step, lambda rows: 1)
+    if problem.tokens_per_visit == problem.tokens_per_step:
+        return None
+    alone = replace(problem, tokens_per_step=problem.tokens_per_visit)
+    return problem.tokens_per_visit if _fits(alone, problem.tokens_per_visit // problem.shape.seq_len, 1) else None
+
+
+def _most_sequences(problem: Problem, refused: int, visits: Callable[[int], int]) -> int | None:
+    """The most tokens below `refused` whose sequences fit into a visit, when that makes so many visits."""
+    low, high = 0, refused // problem.shape.seq_len
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * seq_len or None
+        low, high = (middle, high) if _fits(problem, middle, visits(middle)) else (low, middle)
+    return low * problem.shape.seq_len or None
+
+
+def _fits(problem: Problem, sequences: int, visits: int) -> bool:
+    shape = problem.shape
+    setting = Setting(problem.precision, shape.seq_len, shape.d_model, sequences, visits, problem.beside)
+    try:
+        place(gpt_plans(shape), problem.budgets, setting)
+    except DoesNotFit:
+        return False
+    return True
 
 
 def _whole(nbytes: int) -> str:

@@ -1,15 +1,30 @@
-"""loss.png: training and held-out loss over tokens seen, with the unigram baseline as the line to beat."""
+"""loss.png: training and held-out loss over tokens seen, with the unigram baseline as the line to beat. And what each
+lane of a streamed run did when."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cgpt.files import write_atomically
 
 LOSS = "loss.png"
+LANES = ("compute", "down", "up", "optimizer", "read", "write")  # from the top
+COLOURS = {  # by the last word of a span's name
+    "forward": "tab:blue",
+    "head": "tab:red",
+    "backward": "tab:orange",
+    "weights": "tab:green",
+    "gradients": "tab:purple",
+    "input": "tab:cyan",
+    "AdamW": "tab:olive",
+    "state": "tab:brown",
+}
+OTHER = "0.6"
 
 
 def smoothed(losses: np.ndarray, width: int) -> np.ndarray:
@@ -58,6 +73,58 @@ def plot_loss(folder: Path, rows: list[dict], unigram_loss: float | None, title:
     figure.savefig(data, format="png")
     write_atomically(folder / LOSS, data.getvalue())
     return folder / LOSS
+
+
+def plot_timeline(path: Path, spans: Sequence[Any]) -> Path:
+    """Draws one step into the PNG `path`, a row a lane with its busy share, and returns it.
+
+    spans: with lane, what ("h.0 forward"), begin and end (seconds), as a Timeline keeps them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    begin = min((span.begin for span in spans), default=0.0)
+    length = max((span.end for span in spans), default=1.0) - begin
+    unit, factor = ("s", 1.0) if length >= 1 else ("ms", 1e3)
+    names = []
+    for row, lane in enumerate(LANES):
+        mine = [span for span in spans if span.lane == lane]
+        busy = sum(span.end - span.begin for span in mine)
+        names.append(f"{lane} {busy / length:.0%}" if length else lane)
+        bars = [((span.begin - begin) * factor, (span.end - span.begin) * factor) for span in mine]
+        axes.broken_barh(
+            bars,
+            (row - 0.4, 0.8),
+            facecolors=[COLOURS.get(_kind(span.what), OTHER) for span in mine],
+            edgecolor="white",
+            linewidth=0.3,
+        )
+    found = {_kind(span.what) for span in spans}
+    for kind, colour in {**COLOURS, "other": OTHER}.items():
+        if kind in found:
+            axes.barh(0, 0, color=colour, label=kind)
+    axes.set_yticks(range(len(LANES)), names)
+    axes.set_ylim(len(LANES) - 0.5, -0.5)
+    axes.set_xlim(0, length * factor or 1)
+    axes.set_xlabel(f"{unit} from the first span")
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    if found:
+        figure.legend(loc="outside upper center", ncols=len(found), frameon=False, fontsize=9)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    write_atomically(path, data.getvalue())
+    return path
+
+
+def _kind(what: str) -> str:
+    last = what.rpartition(" ")[2]
+    return last if last in COLOURS else "other"
 
 
 def _tokens(value: float) -> str:

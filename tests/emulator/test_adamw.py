@@ -80,3 +80,9 @@ def test_unaligned_tensors():
     with emulated():
         got = state().step()
     assert same_bits(got.tensors(), state().step(adamw_ref).tensors())
+
+
+def test_half_moments_are_for_the_cpu():
+    state = State([(4,)], torch.bfloat16, "split", state_dtype=torch.bfloat16)
+    with emulated(), pytest.raises(TypeError, match=r"exp_avgs\[0\] must be float32 on cuda, got bfloat16"):
+        state.step(stochastic_rounding_seed=1)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cgpt_ext import adamw_, adamw_ref
+from cgpt_ext import _native, adamw_, adamw_ref, dispatch, join_master, split_master
 from cgpt_ext.ops.adamw import _stochastic
 from numerics import DTYPES
 from test_adamw import HYPER, SHAPES, State, one_thread, same_bits, twin
@@ -81,3 +81,114 @@ def test_stochastic_rounding_past_two_to_the_32_elements():
     first, second = _stochastic(x, far, 1, 1, 0)
     assert torch.equal(first, _stochastic(x[0], torch.empty(64), 1, 1, 0))
     assert not torch.equal(first, second)
+
+
+KINDS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "split": (torch.bfloat16, "split")}
+KINDS |= {"bf16-master": (torch.bfloat16, "master"), "fp16-master": (torch.float16, "master")}
+HALF = {"state_dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_moments_have_the_references_bits(isa, kind, grad_dtype):
+    args, options = (SHAPES, *KINDS[kind], grad_dtype), {"stochastic_rounding_seed": 2**62 + 7}
+    want = twin(*args, **HALF).step(adamw_ref, **options).tensors()
+    got = twin(*args, **HALF).step(**options)
+    assert same_bits(got.tensors(), want)
+    assert {x.dtype for x in (*got.exp_avgs, *got.exp_avg_sqs)} == {torch.bfloat16}
+    other = twin(*args, **HALF).step(stochastic_rounding_seed=2**62 + 6)
+    assert not same_bits(other.exp_avgs, got.exp_avgs)
+    assert not same_bits(other.exp_avg_sqs, got.exp_avg_sqs)
+
+
+def test_half_moments_do_not_depend_on_threads_or_instructions():
+    def run(threads, isa):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with dispatch.cpu_isa(isa):
+                state = twin([(3 * 32768 + 5,), (7,)], torch.bfloat16, "split", **HALF)
+                return state.step(stochastic_rounding_seed=3).tensors()
+        finally:
+            torch.set_num_threads(before)
+
+    want = run(1, "scalar")
+    for isa in _native.cpu_isas():
+        for threads in (1, 2, 5):
+            assert same_bits(run(threads, isa), want)
+
+
+def test_half_moments_are_right_on_average(isa):
+    """exp_avg_sq moves by a thousandth of itself a step, less than bf16 holds: to nearest it would stand still."""
+    n, steps, beta2 = 20000, 100, 0.999
+    state = State([(n,)], torch.bfloat16, "split", **HALF)
+    state.grads[0].fill_(0.0), state.exp_avgs[0].fill_(1.0), state.exp_avg_sqs[0].fill_(1.0)
+    state.step(steps=steps, beta1=0.99, beta2=beta2, stochastic_rounding_seed=11)
+    for x, beta in ((state.exp_avgs[0], 0.99), (state.exp_avg_sqs[0], beta2)):
+        x = x.double()
+        # each step rounds with a variance of at most a quarter of a bf16 step squared, and the steps are independent
+        assert abs(x.mean().item() - beta**steps) < 4 * 2.0**-8 / 2 * (steps / n) ** 0.5
+        assert x.std() > 0.001
+    m, v = (x.double() - x.double().mean() for x in (state.exp_avgs[0], state.exp_avg_sqs[0]))
+    assert abs((m * v).mean() / (m.std() * v.std())) < 4 / n**0.5  # two moments do not share their bits
+    assert abs((m[1:] * m[:-1]).mean() / m.var()) < 4 / n**0.5
+
+
+def test_half_moments_keep_what_bf16_holds(isa):
+    exact = torch.tensor([0.0, 1.0, -3.5, 2.0**-130, math.inf, -math.inf, math.nan]).bfloat16()
+    state = State([(7,)], torch.bfloat16, "split", **HALF)
+    state.grads[0].zero_(), state.exp_avgs[0].copy_(exact), state.exp_avg_sqs[0].copy_(exact.abs())
+    state.step(steps=1, beta1=0.0, beta2=0.5, stochastic_rounding_seed=1)
+    assert same_bits(state.exp_avg_sqs, [(exact.abs().float() / 2).bfloat16()])
+    assert state.exp_avgs[0].isnan().tolist() == [False] * 4 + [True] * 3
+
+
+def test_half_moments_learn_as_well_as_fp32_ones():
+    """A least-squares problem: the loss falls as far, within what one more rounding costs."""
+    torch.manual_seed(0)
+    a, truth = torch.randn(256, 64), torch.randn(64)
+
+    def loss_after(state_dtype, **options):
+        high, low = split_master(torch.zeros(64))
+        states = [[torch.zeros(64, dtype=state_dtype)] for _ in range(2)]
+        for t in range(1, 401):
+            w = join_master(high, low)
+            grad = a.T @ (a @ (w - truth)) / len(a)
+            hyper = {**HYPER, "lr": 0.03, "beta2": 0.999, "weight_decay": 0.0}
+            adamw_([high], [grad], *states, t, **hyper, lows=[low], **options)
+        return ((join_master(high, low) - truth) ** 2).mean().item()
+
+    start = (truth**2).mean().item()
+    full, half = loss_after(torch.float32), loss_after(torch.bfloat16, stochastic_rounding_seed=5)
+    assert full < 1e-3 * start
+    assert half < 2e-3 * start
+
+
+def test_what_half_moments_need():
+    def fails(error, match, state, **options):
+        before = [x.clone() for x in state.tensors()]
+        with pytest.raises(error, match=match):
+            state.step(steps=1, **options)
+        assert same_bits(state.tensors(), before)
+
+    def half(*args):
+        return State([(4,), (3,)], *args, **HALF)
+
+    fails(TypeError, r"exp_avgs\[0\] must be float32, got bfloat16", half(torch.bfloat16, "split"))
+    mixed = half(torch.bfloat16, "split")
+    mixed.exp_avg_sqs[1] = torch.zeros(3)
+    fails(TypeError, r"exp_avg_sqs\[1\] must be bfloat16, got float32", mixed, stochastic_rounding_seed=1)
+    mixed = half(torch.bfloat16, "split")
+    mixed.exp_avgs[0] = torch.zeros(4)
+    fails(ValueError, "stochastic_rounding_seed must be None where masters or lows", mixed, stochastic_rounding_seed=1)
+    fails(TypeError, r"params\[0\] must be bfloat16, got float16", half(torch.float16), stochastic_rounding_seed=1)
+    mixed = half(torch.float32)
+    mixed.params[1] = mixed.params[1].bfloat16()
+    fails(TypeError, r"params\[1\] must be float32, got bfloat16", mixed, stochastic_rounding_seed=1)
+    with dispatch.use(adamw="triton"):
+        fails(
+            TypeError,
+            "must be float32 for the Triton kernel",
+            half(torch.bfloat16, "split"),
+            stochastic_rounding_seed=1,
+        )

@@ -10,10 +10,10 @@ from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
 from cgpt.model.presets import PRESETS
 from cgpt.stream.account import BACKWARD, HEAD_BYTES, KEPT, account, boundary_bytes
+from cgpt.stream.build import layers_of
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.layout import layers_plan
 from cgpt.stream.placement import Placement
-from cgpt.stream.store import layers_of
 
 # 64, 128 and 64 elements: every size is a whole number of the layout's steps, so sums can be done in the head.
 PLANS = layers_plan([("embed", {"wte": (8, 8)}), ("h.0", {"w": (16, 8)}), ("head", {"g": (64,), "wte": (8, 8)})])
@@ -71,7 +71,14 @@ def test_before_and_on_the_disk():
     assert found.device_parts["slots"] == 2 * 128 * 2
     assert found.host_parts == {
         "weights": (64 + 128) * 2,
-        "gradients": 256 * 2,
+        "staging": 3 * 2 * 4096 + 2 * 4096 + 2 * 4096,  # records with gradients; weights; gradients on their way
+    }
+    assert found.disk == 4096 + 3 * 2 * 4096
+    # partial sums of several visits wait on the host
+    found = account(PLANS, replace(placement, visits=2), "bf16", 16, 8)
+    assert found.host_parts == {
+        "weights": (64 + 128) * 2,
+        "gradients": 4 * (64 + 128 + 128),
         "staging": 3 * 4096 + 2 * 4096,
     }
     assert found.disk == 4096 + 3 * 4096

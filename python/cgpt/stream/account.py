@@ -29,18 +29,20 @@ ALIGN = 128  # bytes; of everything in an arena
 
 @dataclass(frozen=True)
 class Account:
-    """What a placement takes. workspace: by part, estimated; needs: exact."""
+    """What a placement takes. needs: exact; workspace: by part, estimated; beside: the tier that workspace is of, the
+    host where the device is but a stretch of its memory."""
 
     needs: Needs
     workspace: dict[str, int]
+    beside: str = "device"
 
     @property
     def device(self) -> int:
-        return self.needs.device + sum(self.workspace.values())
+        return self.needs.device + sum(self._workspace("device").values())
 
     @property
     def host(self) -> int:
-        return self.needs.host
+        return self.needs.host + sum(self._workspace("host").values())
 
     @property
     def disk(self) -> int:
@@ -50,30 +52,39 @@ class Account:
     def device_parts(self) -> dict[str, int]:
         need = self.needs
         parts = {"state": need.records_device, "weights": need.kept, "slots": SLOTS * need.slot, "ring": need.ring}
-        return _present(parts | self.workspace)
+        return _present(parts | self._workspace("device"))
 
     @property
     def host_parts(self) -> dict[str, int]:
         need = self.needs
-        return _present(
-            {
-                "state": need.records_host,
-                "weights": need.near,
-                "gradients": need.gradients,
-                "staging": STAGING * need.staging + SLOTS * need.fetching,
-                "activations": need.boundaries,
-            }
-        )
+        parts = {
+            "state": need.records_host,
+            "weights": need.near,
+            "gradients": need.gradients,
+            "staging": STAGING * need.staging + SLOTS * (need.fetching + need.sending),
+            "activations": need.boundaries,
+        }
+        workspace = self._workspace("host")
+        return _present(parts | {f"{name} (torch)": size for name, size in workspace.items()})
+
+    def _workspace(self, tier: str) -> dict[str, int]:
+        return self.workspace if tier == self.beside else {}
 
 
 def account(
-    plans: Sequence[LayerPlan], placement: Placement, precision: str, micro_batch_tokens: int, width: int
+    plans: Sequence[LayerPlan],
+    placement: Placement,
+    precision: str,
+    micro_batch_tokens: int,
+    width: int,
+    beside: str = "device",
 ) -> Account:
     """Of a run whose micro-batches have so many tokens, with activations `width` wide between layers."""
     working, record = widths(precision)
     return Account(
         needs(plans, placement, working, record),
         _workspace(plans, placement, working, boundary_bytes(precision, micro_batch_tokens, width)),
+        beside,
     )
 
 
@@ -110,6 +121,8 @@ def _workspace(plans: Sequence[LayerPlan], placement: Placement, working: int, b
 
 def _shared(plan: LayerPlan) -> int:
     """Elements that a layer reads and another owns."""
+    if len(plan.reads.names) == len(plan.owned.names):
+        return 0
     reads = zip(plan.reads.names, plan.reads.shapes, strict=True)
     return sum(math.prod(shape) for name, shape in reads if name not in plan.owned.names)
 

@@ -7,7 +7,7 @@
 
 A lane does its work in the order of submission, each piece once the events it stands behind are done. Events are of
 work that was submitted before, so lanes cannot wait for each other in a circle. An error in a lane stops the device:
-whoever waits, or submits, or computes gets it, and nothing hangs.
+whoever waits, or submits, or computes gets it, and nothing hangs. An error of the arithmetic is the caller's own.
 
     CpuDevice    lanes are threads; a bounded arena of host memory stands for a device's
     CudaDevice   lanes are threads with a stream each (devices_cuda.py)
@@ -23,6 +23,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TypeVar
@@ -37,6 +38,7 @@ from cgpt_ext import _native
 LANES = ("down", "up", "optimizer", "read", "write")
 ALIGNMENT = 128  # bytes
 LONGEST_DELAY = 0.002  # seconds; hunting
+LONGEST_EXIT = 10.0  # seconds that the interpreter, ending, gives to work in progress
 
 Result = TypeVar("Result")
 
@@ -85,14 +87,17 @@ class Device:
         self.arena_bytes, self.taken = arena_bytes, 0
         self.hunting = hunt is not None
         self._draws = {lane: random.Random(f"{hunt} {lane}") for lane in ("compute", *LANES)}
-        self._error: BaseException | None = None
+        self._errors: list[BaseException] = []  # the first stopped the device
         self._arena = self._make_arena(arena_bytes)
 
     def _make_arena(self, nbytes: int) -> Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8, device=self.torch_device)
+        memory = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device=self.torch_device)
+        return memory[-memory.data_ptr() % ALIGNMENT :][:nbytes]
 
     def allocate(self, nbytes: int) -> Tensor:
         """uint8, zero, from a multiple of 128 bytes. Raises InputError with both numbers where less is left."""
+        if not nbytes:
+            return self._arena[:0].data
         start = -(-self.taken // ALIGNMENT) * ALIGNMENT
         if start + nbytes > self.arena_bytes:
             left = max(0, self.arena_bytes - start)
@@ -103,8 +108,8 @@ class Device:
 
     def check(self) -> None:
         """Raises what stopped the device, if something did."""
-        if self._error is not None:
-            raise self._error
+        if self._errors:
+            raise self._errors[0]
 
     def submit(
         self, lane: str, what: str, work: Callable[[], None], after: Sequence[Event] = (), nbytes: int = 0
@@ -139,6 +144,10 @@ class Device:
     def close(self) -> None:
         """Ends the lanes, once they have settled. Raises nothing; may be called again."""
 
+    def _want_lane(self, lane: str) -> None:
+        if lane not in LANES:
+            raise ValueError(f"submit: lane must be one of {', '.join(LANES)}, got {lane}")
+
     def _delay(self, lane: str) -> None:
         if self.hunting and self._draws[lane].random() < 0.5:
             time.sleep(self._draws[lane].random() * LONGEST_DELAY)
@@ -156,35 +165,40 @@ class CpuDevice(Device):
     """
 
     def __init__(self, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
-        super().__init__(torch.device("cpu"), arena_bytes, **options)
-        self.optimizer_threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) // 2)
-        self._queues: dict[str, SimpleQueue] = {}
-        self._threads: dict[str, threading.Thread] = {}
+        threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) // 2)
+        self._start(torch.device("cpu"), arena_bytes, threads, options)
+
+    def _start(self, torch_device: torch.device, arena_bytes: int, optimizer_threads: int, options: dict) -> None:
+        super().__init__(torch_device, arena_bytes, **options)
+        if optimizer_threads < 1:  # a lane's thread that dies of it would leave everyone waiting
+            raise InputError(f"optimizer_threads: wanted 1 or more, got {optimizer_threads}")
+        self.optimizer_threads = optimizer_threads
+        self._lanes: dict[str, tuple[SimpleQueue, threading.Thread]] = {}
         self._last: dict[str, Event] = {}
+        self._ended = threading.Event()
+        weakref.finalize(self, _abandon, self._ended, self._lanes)
 
     def submit(self, lane, what, work, after=(), nbytes=0):
+        self._want_lane(lane)
         self.check()
         event = Event(self)
+        turn = (lane, what, work, tuple(after), nbytes, event)
         if self.serial:
-            self._do(lane, what, work, nbytes)
-            event.end()
+            self._turn(*turn)
             self.check()
             return event
-        if lane not in self._threads:
+        if lane not in self._lanes:
             self._open(lane)
-        self._last[lane] = event
-        self._queues[lane].put((what, work, tuple(after), nbytes, event))
+        self._lanes[lane][0].put((self, turn))
+        self._last[lane] = event  # behind the put: whoever waits for it must not do so in vain after a Ctrl-C
         return event
 
     def compute(self, what, work, after=(), flops=0.0):
         for event in after:
-            event.wait()
+            self._stand_behind(event)
         self.check()
         self._delay("compute")
-        begin = time.perf_counter()
-        result = work()
-        self._note("compute", what, begin, time.perf_counter(), 0, flops)
-        return result, self._computed()
+        return self._arithmetic(what, work, flops)
 
     def settle(self):
         for event in list(self._last.values()):
@@ -192,43 +206,69 @@ class CpuDevice(Device):
         self.check()
 
     def close(self):
-        for lane, thread in self._threads.items():
-            self._queues[lane].put(None)
+        for queue, _ in self._lanes.values():
+            queue.put(None)
+        for _, thread in self._lanes.values():
             thread.join()
-        self._threads.clear()
-        self._queues.clear()
+        self._lanes.clear()
 
-    def _computed(self) -> Event:
+    def _stand_behind(self, event: Event) -> None:
+        event.wait()
+
+    def _arithmetic(self, what: str, work: Callable[[], Result], flops: float) -> tuple[Result, Event]:
+        begin = time.perf_counter()
+        result = work()
+        self._note("compute", what, begin, time.perf_counter(), 0, flops)
         event = Event(self)
         event.end()
-        return event
+        return result, event
 
     def _open(self, lane: str) -> None:
-        queue = self._queues[lane] = SimpleQueue()
-        thread = threading.Thread(target=self._run, args=(lane, queue), name=f"cgpt {lane}", daemon=True)
-        self._threads[lane] = thread
+        queue: SimpleQueue = SimpleQueue()
+        threads = self.optimizer_threads if lane == "optimizer" else 1
+        thread = threading.Thread(target=_serve, args=(queue, threads), name=f"cgpt {lane}", daemon=True)
         thread.start()
+        self._lanes[lane] = queue, thread
 
-    def _run(self, lane: str, queue: SimpleQueue) -> None:
-        _native.set_thread_count(self.optimizer_threads if lane == "optimizer" else 1)
-        while (item := queue.get()) is not None:
-            what, work, after, nbytes, event = item
+    def _turn(self, lane: str, what: str, work: Callable[[], None], after: tuple, nbytes: int, event: Event) -> None:
+        """One piece of work on its lane's thread. Whatever fails in it, waiting too, stops the device: `event` ends."""
+        try:
             for before in after:
                 before.settle()
-            if self._error is None:
-                self._do(lane, what, work, nbytes)
-            event.end()
-            item = what = work = after = event = before = None  # a waiting lane must not keep tensors alive
-
-    def _do(self, lane: str, what: str, work: Callable[[], None], nbytes: int) -> None:
-        self._delay(lane)
-        begin = time.perf_counter()
-        try:
-            work()
+            if not self._errors and not self._ended.is_set():
+                self._delay(lane)
+                begin = time.perf_counter()
+                self._do(lane, work)
+                self._note(lane, what, begin, time.perf_counter(), nbytes)
         except BaseException as error:  # of any kind: whoever waits must get it
-            if self._error is None:
-                self._error = error
-        self._note(lane, what, begin, time.perf_counter(), nbytes)
+            self._errors.append(error)
+        finally:
+            event.end()
+
+    def _do(self, lane: str, work: Callable[[], None]) -> None:
+        work()
+
+
+def _serve(queue: SimpleQueue, threads: int) -> None:
+    """A lane's thread. Idle, it refers to no device and no tensor, so that those nobody else refers to are freed."""
+    _native.set_thread_count(threads)
+    while (item := queue.get()) is not None:
+        device, turn = item
+        device._turn(*turn)
+        item = device = turn = None
+
+
+def _abandon(ended: threading.Event, lanes: dict[str, tuple[SimpleQueue, threading.Thread]]) -> None:
+    """Ends the lanes of a device that nobody closed: it has been collected, or the interpreter ends. A thread that is
+    still in native code when the interpreter is gone would abort the process, so it may end what it is at."""
+    ended.set()  # what is submitted and not begun is not done
+    lanes = list(lanes.values())
+    for queue, _ in lanes:
+        queue.put(None)
+    deadline = time.monotonic() + LONGEST_EXIT
+    for _, thread in lanes:
+        if thread is not threading.current_thread():  # which may be who collects
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def open_device(name: str, arena_bytes: int, **options) -> Device:

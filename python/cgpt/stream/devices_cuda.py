@@ -3,47 +3,51 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
 
-from cgpt.stream.devices import CpuDevice, Device, Event
+from cgpt.stream.devices import CpuDevice, Event
 
 
 class StreamEvent(Event):
     """What has been enqueued on the compute stream by now."""
 
-    def __init__(self, device: Device):
+    def __init__(self, device: CudaDevice):
         super().__init__(device)
-        self._recorded = torch.cuda.Event()
-        self._recorded.record(torch.cuda.current_stream(device.torch_device))
+        self.recorded = torch.cuda.Event(enable_timing=device.timeline is not None)
+        self.recorded.record(torch.cuda.current_stream(device.torch_device))
 
     @property
     def done(self) -> bool:
-        return self._recorded.query()
+        return self.recorded.query()
 
     def wait(self) -> None:
         self.settle()
         self._device.check()
 
     def settle(self) -> None:
-        self._recorded.synchronize()
+        self.recorded.synchronize()
 
 
 class CudaDevice(CpuDevice):
     """Compute is the caller's current stream, and returns as soon as the work is enqueued there.
 
     A lane's thread waits for its stream before it ends an event, so an event of any lane means data that is there, and
-    tensors that a lane's work holds live until it is done with them.
+    tensors that a lane's work holds live until it is done with them. Spans of the arithmetic are the device's own
+    times, noted when they are known: at the latest by `settle`.
     """
 
     def __init__(self, index: int, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
-        Device.__init__(self, torch.device("cuda", index), arena_bytes, **options)
-        self.optimizer_threads = optimizer_threads or max(
-            1, len(os.sched_getaffinity(0)) - 2
-        )  # this thread, and copies
-        self._queues, self._threads, self._last = {}, {}, {}
+        threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) - 2)  # but for this thread, and copies
+        self._start(torch.device("cuda", index), arena_bytes, threads, options)
         self._streams: dict[str, torch.cuda.Stream] = {}
+        self._unnoted: deque[tuple[str, StreamEvent, StreamEvent, float]] = deque()
+        self._reference: tuple[StreamEvent, float] | None = None  # one moment, on the device's clock and on the host's
+        # The lanes' streams do not wait for the one that has just filled the arena with zeros.
+        torch.cuda.current_stream(self.torch_device).synchronize()
 
     def copy(self, there, here):
         there.copy_(here, non_blocking=True)
@@ -51,17 +55,45 @@ class CudaDevice(CpuDevice):
     def settle(self):
         super().settle()
         torch.cuda.current_stream(self.torch_device).synchronize()
+        self._note_arithmetic()
+        if not self._unnoted:
+            self._reference = None  # a fresh one keeps rounding from adding up
 
-    def _computed(self) -> Event:
-        return StreamEvent(self)
+    def _stand_behind(self, event: Event) -> None:
+        if isinstance(event, StreamEvent):  # the stream waits, not the caller, who is to run ahead
+            torch.cuda.current_stream(self.torch_device).wait_event(event.recorded)
+        else:
+            event.wait()
 
-    def _do(self, lane: str, what: str, work: Callable[[], None], nbytes: int) -> None:
+    def _arithmetic(self, what, work, flops):
+        if self.timeline is None:
+            return work(), StreamEvent(self)
+        if self._reference is None:
+            now = StreamEvent(self)
+            now.settle()
+            self._reference = now, time.perf_counter()
+        begin = StreamEvent(self)
+        result = work()
+        end = StreamEvent(self)
+        self._unnoted.append((what, begin, end, flops))
+        self._note_arithmetic()
+        return result, end
+
+    def _note_arithmetic(self) -> None:
+        """Notes what is done. CUDA tells times apart in fp32 milliseconds: exact enough from one span to the next."""
+        while self._unnoted and self._unnoted[0][2].done:
+            what, begin, end, flops = self._unnoted.popleft()
+            reference, at = self._reference
+            began = at + reference.recorded.elapsed_time(begin.recorded) / 1e3
+            ended = began + begin.recorded.elapsed_time(end.recorded) / 1e3
+            self._reference = end, ended
+            self._note("compute", what, began, ended, 0, flops)
+
+    def _do(self, lane: str, work: Callable[[], None]) -> None:
         if lane not in self._streams:
             self._streams[lane] = torch.cuda.Stream(self.torch_device)
-
-        def enqueue() -> None:
-            with torch.cuda.stream(self._streams[lane]):
+        with torch.cuda.stream(self._streams[lane]):
+            try:
                 work()
-            self._streams[lane].synchronize()
-
-        super()._do(lane, what, enqueue, nbytes)
+            finally:  # what it has enqueued before it failed still uses its tensors
+                self._streams[lane].synchronize()

@@ -7,7 +7,7 @@ P parameters that a layer multiplies, T tokens a visit, F FLOP/s, w bytes of a w
                  from the second visit on
     up           w P of gradients in the last visit, 4 P of partial sums in those before; inputs in forward
     optimizer    2 x the record + w bytes an element (26 with a split master), in forward order, ahead of the weights
-    read, write  whole records; weights that wait on the disk
+    read, write  whole records, and their gradients in a step of one visit; weights that wait on the disk
 
     weights hide behind forward    T >= F w / 2B        and behind backward    T >= F w / 6B
     AdamW hides behind backward    T >= 26 F / 6W       behind the next forward    T >= 26 F / 2W
@@ -28,8 +28,8 @@ from cgpt.stream.needs import SLOTS, STAGING, disk_bytes, streamed
 from cgpt.stream.placement import Placement
 
 LANES = ("compute", "down", "up", "optimizer", "read", "write")
-STEPS = 4  # until the virtual clock has settled
-VISITS = 6  # simulated; each further one takes as long as the last of them
+STEPS = 3  # until the virtual clock has settled
+VISITS = 3  # simulated: the first, one for all in the middle, the last
 BOUND = 0.02  # of a step: arithmetic that waits less than this is what binds
 
 When = tuple[float, str]  # when something is done, and the lane that it waited for last
@@ -55,7 +55,7 @@ class Forecast:
     """One step in its steady state. Seconds, but where said.
 
     lanes: each lane's busy time. stalls: how long the arithmetic waits, by the lane that it waits for. fill: of that,
-    before the first block. exposed_optimizer: what a step would save if AdamW took no time. disk_written: bytes.
+    before the first block's arithmetic. disk_read, disk_written: bytes.
     """
 
     seconds: float
@@ -63,7 +63,6 @@ class Forecast:
     lanes: dict[str, float]
     stalls: dict[str, float]
     fill: float
-    exposed_optimizer: float
     disk_read: float
     disk_written: float
 
@@ -93,10 +92,14 @@ class Work:
 
 
 def forecast(plans: Sequence[LayerPlan], placement: Placement, rates: Rates, work: Work) -> Forecast:
-    """One step in its steady state."""
-    walk = _steady(plans, placement, rates, work)
-    free = _steady(plans, placement, replace(rates, memory=math.inf), work)
-    return replace(walk, exposed_optimizer=max(0.0, walk.seconds - free.seconds))
+    """One step in its steady state: simulated, but for visits in the middle, which are alike."""
+    return _Walk(plans, placement, rates, work).forecast()
+
+
+def exposed_optimizer(plans: Sequence[LayerPlan], placement: Placement, rates: Rates, work: Work) -> float:
+    """Seconds that a step would save if AdamW on the host took no time."""
+    there, free = (forecast(plans, placement, r, work) for r in (rates, replace(rates, memory=math.inf)))
+    return max(0.0, there.seconds - free.seconds)
 
 
 def hides(rates: Rates, precision: str = "bf16", away: float = 1.0, visits: int = 1) -> dict[str, float]:
@@ -113,46 +116,25 @@ def hides(rates: Rates, precision: str = "bf16", away: float = 1.0, visits: int 
     }
 
 
-def _steady(plans, placement: Placement, rates: Rates, work: Work) -> Forecast:
-    """Simulated to the end, or for a few visits and on from there."""
-    visits = placement.visits
-    each = work.tokens / visits
-    if visits <= VISITS:
-        return _Walk(plans, placement, rates, work, visits, each).forecast()
-    some = _Walk(plans, placement, rates, work, VISITS, each).forecast()
-    fewer = _Walk(plans, placement, rates, work, VISITS - 1, each).forecast()
-    more = visits - VISITS
-
-    def on(a: float, b: float) -> float:
-        return a + more * (a - b)
-
-    return Forecast(
-        on(some.seconds, fewer.seconds),
-        work.tokens,
-        {lane: on(some.lanes[lane], fewer.lanes[lane]) for lane in LANES},
-        {lane: max(0.0, on(some.stalls[lane], fewer.stalls[lane])) for lane in LANES},
-        some.fill,
-        0.0,
-        on(some.disk_read, fewer.disk_read),
-        on(some.disk_written, fewer.disk_written),
-    )
-
-
 class _Walk:
     """The virtual clock: one time a lane at which it is free, and what the executor hands to each, in its order."""
 
-    def __init__(self, plans, placement: Placement, rates: Rates, work: Work, visits: int, tokens: float):
-        self.plans, self.place, self.rates, self.work, self.visits, self.tokens = (
-            plans, placement, rates, work, visits, tokens,
-        )  # fmt: skip
+    def __init__(self, plans: Sequence[LayerPlan], placement: Placement, rates: Rates, work: Work):
+        self.plans, self.place, self.rates, self.work = plans, placement, rates, work
+        self.tokens = work.tokens / placement.visits
+        self.visits = min(placement.visits, VISITS)
         self.working, self.record = widths(work.precision)
         self.traffic = 2 * self.record + self.working
         self.owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
         self.slots = [streamed(plan, placement, self.owner).size * self.working for plan in plans]
+        self.owners = [sorted({self.owner[name] for name in plan.reads.names}) for plan in plans]
+        self.reads = [plan.reads.parameters for plan in plans]
+        self.owned = [plan.owned.parameters for plan in plans]
         self.head = len(plans) - 1
-        self.between = tokens * work.width * self.working
+        self.between = self.tokens * work.width * self.working
         self.free = dict.fromkeys(LANES, 0.0)
-        self.begin: When = (0.0, "compute")  # of the step: nothing of it starts earlier
+        self.caller = 0.0  # the clock of whoever submits: it waits for what arithmetic needs, and for the norm
+        self.begin: When = (0.0, "compute")
         n = len(plans)
         self.weights: list[When] = [self.begin] * n  # the record's weights are up to date
         self.written: list[When] = [self.begin] * n  # and all of the record, on the disk too
@@ -160,12 +142,12 @@ class _Walk:
         self.users: list[When] = [self.begin] * SLOTS  # ends of the last uses of the slots
         self.staging: list[When] = [self.begin] * STAGING
         self.fetching: list[When] = [self.begin] * SLOTS
+        self.sending: list[When] = [self.begin] * SLOTS
         self.reset()
 
     def reset(self) -> None:
         """Counts of a step begin anew."""
-        self.busy, self.stalls = dict.fromkeys(LANES, 0.0), dict.fromkeys(LANES, 0.0)
-        self.bytes = dict.fromkeys(LANES, 0.0)
+        self.counts = {kind: dict.fromkeys(LANES, 0.0) for kind in ("busy", "stalls", "bytes")}
         self.fill: float | None = None
 
     def forecast(self) -> Forecast:
@@ -173,43 +155,60 @@ class _Walk:
         for _ in range(STEPS):
             self.reset()
             before, end = end, self.step()
-        lanes, stalls = dict(self.busy), dict(self.stalls)
-        read, written = self.bytes["read"], self.bytes["write"]
-        return Forecast(end - before, self.tokens * self.visits, lanes, stalls, self.fill or 0.0, 0.0, read, written)
+        more = self.place.visits - self.visits
+        first, middle = (self.until[0], self.until[1]) if more else (self.until[0], self.until[0])
+
+        def whole(kind: str) -> dict[str, float]:
+            counts = self.counts[kind]
+            return {lane: counts[lane] + more * (middle[1][kind][lane] - first[1][kind][lane]) for lane in LANES}
+
+        moved = whole("bytes")
+        return Forecast(
+            end - before + more * (middle[0] - first[0]),
+            self.work.tokens,
+            whole("busy"),
+            whole("stalls"),
+            self.fill or 0.0,
+            moved["read"],
+            moved["write"],
+        )
 
     def step(self) -> float:
         """All visits, then the updates; returns when the gradients' norm is known."""
         self.sent: list[When] = []
+        self.until: list[tuple[float, dict[str, dict[str, float]]]] = []  # clock and counts at the end of each visit
         self.gradients = [self.begin] * len(self.plans)
         self.parked: dict[int, When] = {}
         for left in reversed(range(self.visits)):
             self.visit(last=left == 0)
+            self.until.append((self.free["compute"], {kind: dict(row) for kind, row in self.counts.items()}))
         end = self.free["compute"]
-        self.begin = end, "compute"
+        self.caller, self.begin = end, (end, "compute")
         for index in range(len(self.plans)):
             self.update(index)
         return end
 
     def run(self, lane: str, seconds: float, *after: When) -> When:
         """Occupies a lane; the lane named is the one that held it up last."""
-        start, why = max(self.free[lane], self.begin[0]), lane
+        start, why = self.free[lane] if lane == "compute" else max(self.free[lane], self.caller), lane
         for end, cause in after:
             if end > start:
                 start, why = end, lane if cause == "compute" else cause
         if lane == "compute":
-            self.stalls[why] += start - self.free[lane]
-        self.busy[lane] += seconds
+            self.caller = max([self.caller, *(end for end, _ in after)])
+            self.counts["stalls"][why] += start - self.free[lane]
+        self.counts["busy"][lane] += seconds
         self.free[lane] = start + seconds
         return self.free[lane], why
 
-    def move(self, lane: str, nbytes: float, *after: When) -> When:
-        """A transfer; both directions of a half-duplex link are one lane in two books."""
+    def move(self, lane: str, nbytes: float, *after: When, times: int = 1) -> When:
+        """One transfer, or several in a row; both directions of a half-duplex link are one lane in two books."""
         links = ("down", "up")
         if self.rates.half_duplex and lane in links:
             self.free[lane] = max(self.free[link] for link in links)
-        self.bytes[lane] += nbytes
+        self.counts["bytes"][lane] += nbytes
         rate = getattr(self.rates, "memory" if lane == "optimizer" else lane)
-        latency = 0.0 if lane == "optimizer" else self.rates.latency
+        latency = times * self.rates.latency if lane in links else 0.0
         done = self.run(lane, nbytes / rate + latency, *after)
         if self.rates.half_duplex and lane in links:
             self.free |= dict.fromkeys(links, done[0])
@@ -228,13 +227,13 @@ class _Walk:
                 here = [*here, *self.sent[-2:-1]]
             self.made = self.run("compute", self.arithmetic(index, backward) / self.rates.flops, *here)
             if place == 1 and self.fill is None:
-                self.fill = sum(self.stalls.values())
+                self.fill = sum(self.counts["stalls"].values())
             self.ends.append(self.made)
             if self.slots[index]:
                 self.users.append(self.made)
             if place < self.head and self.away(index):
-                before = self.ends[place - 1]
-                self.saved[index] = self.move("up", self.between, before)
+                before, rows = self.ends[place - 1], self.place.micro_batches
+                self.saved[index] = self.move("up", self.between, before, times=rows)
             if place >= self.head:
                 self.send(index, last)
 
@@ -244,7 +243,7 @@ class _Walk:
         return inside and self.place.activations == "host" and self.place.recompute[index]
 
     def arithmetic(self, index: int, backward: bool) -> float:
-        multiplied = self.plans[index].reads.parameters if index else 0
+        multiplied = self.reads[index] if index else 0
         if index == self.head:
             return 6 * multiplied * self.tokens
         passes = (3 if self.place.recompute[index] else 2) if backward else 1
@@ -255,7 +254,7 @@ class _Walk:
         if place == len(order):
             return []
         index, after = order[place], []
-        for owner in sorted({self.owner[name] for name in self.plans[index].reads.names}):
+        for owner in self.owners[index]:
             if self.place.weights[owner] == "device" and self.place.state[owner] != "device":
                 if self.fresh[owner] is None:
                     nbytes = self.plans[owner].owned.size * self.working
@@ -266,17 +265,18 @@ class _Walk:
         if self.slots[index]:
             after.append(self.fetch(index))
         if place > self.head and index in self.saved:
-            free = self.ends[place - 2]
-            after.append(self.move("down", self.between, self.saved.pop(index), free))
+            free, rows = self.ends[place - 2], self.place.micro_batches
+            after.append(self.move("down", self.between, self.saved.pop(index), free, times=rows))
         if place >= self.head and index in self.parked:
-            nbytes = self.plans[index].reads.parameters * 4
-            after.append(self.move("down", nbytes, self.parked.pop(index)))
+            nbytes = self.reads[index] * 4
+            room = self.free["compute"], "compute"  # torch's allocator gives it in the order of the arithmetic
+            after.append(self.move("down", nbytes, self.parked.pop(index), room))
         return after
 
     def fetch(self, index: int) -> When:
         """A layer's weights into the slot that has been free longest."""
         ready, reads = [self.users[-SLOTS]], 0
-        for owner in sorted({self.owner[name] for name in self.plans[index].reads.names}):
+        for owner in self.owners[index]:
             if self.place.weights[owner] == "disk":
                 nbytes = disk_bytes(self.plans[owner].owned.size * self.working)
                 read = self.move("read", nbytes, self.written[owner], self.fetching[-SLOTS])
@@ -285,7 +285,8 @@ class _Walk:
                 reads += 1
             elif self.place.weights[owner] == "host":
                 ready.append(self.weights[owner])
-        done = self.move("down", self.slots[index], *ready)
+        away = [owner for owner in self.owners[index] if self.place.weights[owner] != "device"]
+        done = self.move("down", self.slots[index], *ready, times=len(away))
         self.fetching[len(self.fetching) - reads :] = [done] * reads  # free once copied
         return done
 
@@ -293,14 +294,23 @@ class _Walk:
         """A layer's gradients, or their partial sums, to the host."""
         if self.place.state[index] == "device":
             return
-        plan = self.plans[index]
-        nbytes = plan.owned.parameters * self.working if last else plan.reads.parameters * 4
-        done = self.move("up", nbytes, self.made, self.written[index])
+        nbytes = self.owned[index] * self.working if last else self.reads[index] * 4
+        if self.beside(index):
+            sent = self.move("up", nbytes, self.made, self.sending[-SLOTS])
+            nbytes = disk_bytes(self.plans[index].owned.size * self.working)
+            done = self.move("write", nbytes, sent, self.written[index])
+            self.sending.append(done)
+        else:
+            done = self.move("up", nbytes, self.made, self.written[index])
         self.sent.append(done)
         if last:
             self.gradients[index] = done
         else:
             self.parked[index] = done
+
+    def beside(self, index: int) -> bool:
+        """Whether a layer's gradients wait on the disk, behind its record."""
+        return self.place.state[index] == "disk" and self.place.visits == 1
 
     def update(self, index: int) -> None:
         """AdamW on a record, where it lives."""
@@ -314,7 +324,11 @@ class _Walk:
         after = [self.gradients[index]]
         if home == "disk":
             nbytes = disk_bytes(size * self.record)
-            after.append(self.move("read", nbytes, self.staging[-STAGING], self.written[index]))
+            if self.beside(index):
+                with_gradients = nbytes + disk_bytes(size * self.working)
+                after = [self.move("read", with_gradients, *after, self.staging[-STAGING], self.written[index])]
+            else:
+                after.append(self.move("read", nbytes, self.staging[-STAGING], self.written[index]))
         done = self.move("optimizer", size * self.traffic, *after)
         self.weights[index] = self.written[index] = done
         if home == "disk":

@@ -29,13 +29,14 @@ class Gradients:
     """One step's gradients, times the loss scale it was asked with.
 
     loss: mean over all samples in nats per token, not scaled.
-    by_name: parameter name -> gradient in the working dtype, on the device or the host, as its layer's home is.
+    by_name: parameter name -> gradient in the working dtype, on the device or the host, as its layer's home is; None
+        where it waits on the disk, behind the layer's record.
     ready: layer -> the event behind which its gradients are there, for those on the host.
     norm: global L2 norm: the layers' norms, squared and summed in layer order in double.
     """
 
     loss: float
-    by_name: dict[str, Tensor]
+    by_name: dict[str, Tensor | None]
     ready: dict[int, Event]
     norm: float
 
@@ -44,7 +45,7 @@ class Sums:
     """Gradients of a step of `contributions` micro-batches."""
 
     def __init__(self, store: Store, contributions: int):
-        self.by_name: dict[str, Tensor] = {}
+        self.by_name: dict[str, Tensor | None] = {}
         self.ready: dict[int, Event] = {}
         self._store, self._lanes = store, store.lanes
         self._several = contributions > 1
@@ -114,16 +115,21 @@ class Sums:
         if store.placement.state[index] == "device" or not mine:
             self.by_name |= mine
             return
-        flat = store.gradients[index][: layout.size * store.dtype.itemsize].view(store.dtype)
-        there = {name: parameter_view(flat, layout, i) for i, name in enumerate(layout.names) if name in mine}
+        places = {name: i for i, name in enumerate(layout.names) if name in mine}
         nbytes = sum(gradient.nbytes for gradient in mine.values())
 
-        def work() -> None:
-            for name in there:
-                self._lanes.copy(there[name], mine.pop(name))
+        def work(flat: Tensor) -> None:
+            for name, i in places.items():
+                self._lanes.copy(parameter_view(flat, layout, i), mine.pop(name))
 
-        self.by_name |= there
-        self.ready[index] = self._send(index, work, event, nbytes)
+        if store.gradients[index] is None:
+            self.by_name |= dict.fromkeys(places)
+            self.ready[index] = store.send_gradients(index, work, [event])
+            self._sent.append(self.ready[index])
+            return
+        flat = store.gradients[index][: layout.size * store.dtype.itemsize].view(store.dtype)
+        self.by_name |= {name: parameter_view(flat, layout, i) for name, i in places.items()}
+        self.ready[index] = self._send(index, lambda: work(flat), event, nbytes)
 
     def norm(self) -> float:
         """The global norm, once every layer is finished."""
@@ -148,7 +154,7 @@ class Sums:
 
     def _send(self, index: int, work, event: Event, nbytes: int) -> Event:
         what = f"{self._name(index)} gradients"
-        sent = self._lanes.submit("up", what, work, [event, *self._store.pending(index)], nbytes)
+        sent = self._lanes.submit("up", what, work, [event, *self._store.spent(index)], nbytes)
         self._sent.append(sent)
         return sent
 

@@ -3,7 +3,7 @@
 device   records at home there, working weights kept there, two slots for the rest, a ring of boundary activations
 host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations, and for a
          checkpoint beside training room for records, and one that is read from the disk
-disk     records, each from a multiple of its blocks
+disk     records, and gradients of a step of one visit, each from a multiple of its blocks
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Needs:
     records_host: int
     near: int
     gradients: int
+    sending: int
     staging: int
     fetching: int
     boundaries: int
@@ -45,7 +46,8 @@ class Needs:
     @property
     def host(self) -> int:
         held = self.records_host + self.near + self.gradients + self.boundaries
-        return held + STAGING * self.staging + SLOTS * self.fetching + self.saving + self.aside
+        buffers = STAGING * self.staging + SLOTS * (self.fetching + self.sending)
+        return held + buffers + self.saving + self.aside
 
 
 def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True) -> Needs:
@@ -53,7 +55,8 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record
     layers = list(zip(plans, placement.state, placement.weights, strict=True))
     owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
     on_disk = [(plan, weights) for plan, home, weights in layers if home == "disk"]
-    staging = max((disk_bytes(plan.owned.size * record) for plan, _ in on_disk), default=0)
+    several = placement.visits > 1
+    with_gradients = working if training and not several else 0  # beside the record on the disk
     background = placement.aside is not None and training
     passes = 2 * placement.micro_batches if placement.activations == "host" and training else 0
     return Needs(
@@ -64,16 +67,17 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record
         records_host=sum(plan.owned.size * record for plan, home, _ in layers if home == "host"),
         near=sum(plan.owned.size * working for plan, at in on_disk if at != "disk"),
         gradients=sum(
-            plan.reads.size * 4 if placement.visits > 1 else plan.owned.size * working
+            plan.reads.size * 4 if several else plan.owned.size * working
             for plan, home, _ in layers
-            if home != "device" and training
+            if training and (home == "host" or (home == "disk" and several))
         ),
-        staging=staging,
+        sending=max((disk_bytes(plan.owned.size * with_gradients) for plan, _ in on_disk), default=0),
+        staging=max((on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in on_disk), default=0),
         fetching=max((disk_bytes(plan.owned.size * working) for plan, at in on_disk if at == "disk"), default=0),
         boundaries=passes // 2 * max(0, len(plans) - 2) * placement.boundary,
-        saving=staging if background else 0,
+        saving=max((disk_bytes(plan.owned.size * record) for plan, _ in on_disk), default=0) if background else 0,
         aside=placement.aside * typical_record(plans, record) if background else 0,
-        disk=sum(disk_bytes(plan.owned.size * record) for plan, _ in on_disk),
+        disk=sum(on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in on_disk),
     )
 
 
@@ -85,6 +89,11 @@ def typical_record(plans: Sequence[LayerPlan], record: int) -> int:
 def disk_bytes(nbytes: int) -> int:
     """Rounded up to the disk's blocks."""
     return -(-nbytes // BLOCK) * BLOCK
+
+
+def on_disk_bytes(size: int, record: int, gradients: int) -> int:
+    """A record of `size` elements, and behind it the step's gradients where they wait there too."""
+    return disk_bytes(size * record) + disk_bytes(size * gradients)
 
 
 def streamed(plan: LayerPlan, placement: Placement, owner: dict[str, int]) -> Layout:

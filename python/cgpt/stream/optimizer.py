@@ -12,14 +12,13 @@ from 2^16, doubled after 2000 good steps in a row, halved by each step that over
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from cgpt.errors import InputError
 from cgpt.stream.gradients import Gradients
-from cgpt.stream.record import Group, Record
-from cgpt.stream.store import Store
+from cgpt.stream.record import Group, Record, parameter_view
+from cgpt.stream.store import Store, Update
 from cgpt_ext import adamw_
 
 FIRST_LOSS_SCALE = 2.0**16
@@ -85,20 +84,22 @@ class AdamW:
             self.good_steps = 0
         return True
 
-    def _update_of(
-        self, gradients: Gradients, index: int, grad_scale: float, lr: float
-    ) -> Callable[[Record], None] | None:
+    def _update_of(self, gradients: Gradients, index: int, grad_scale: float, lr: float) -> Update | None:
         """What updates a record of layer `index` when called; None where nothing of it has a gradient."""
         found = {name: gradients.by_name[name] for name in self.store.owned[index] if name in gradients.by_name}
         if not found:
             return None
         updates = self.updates
-        device = next(iter(found.values())).device
+        device = self.store.device if self.store.placement.state[index] == "device" else "cpu"
         scale = torch.tensor(grad_scale, dtype=torch.float32, device=device)
 
-        def work(record: Record) -> None:
+        def work(record: Record, beside: torch.Tensor | None) -> None:
+            mine = found
+            if beside is not None:
+                names = record.layout.names
+                mine = {name: parameter_view(beside, record.layout, names.index(name)) for name in found}
             for group in record.groups():
-                self._update(group, found, updates, lr, scale)
+                self._update(group, mine, updates, lr, scale)
 
         return work
 

@@ -24,13 +24,14 @@ from cgpt.stream.placement import Placement
 @dataclass(frozen=True)
 class Setting:
     """How a step is walked: `visits` of all layers by `micro_batches` of `micro_batch_tokens` tokens, with activations
-    `width` wide between layers."""
+    `width` wide between layers. beside: the tier of torch's own memory (account.py)."""
 
     precision: str
     micro_batch_tokens: int
     width: int
     micro_batches: int = 1
     visits: int = 1
+    beside: str = "device"
 
 
 class DoesNotFit(InputError):
@@ -89,8 +90,8 @@ class _Search:
             return None
         host, near = split
         edge = min(state + host + near, n if most_weights is None else max(most_weights, kept))
-        kept = _most(kept, edge, lambda k: self.fits_device(state, host, near, k)) or kept
-        plain = _most(0, kept, lambda k: self.fits_device(state, host, near, kept, k)) or 0
+        kept = _most(kept, edge, lambda k: self.fits(state, host, near, k)) or kept
+        plain = _most(0, kept, lambda k: self.fits(state, host, near, kept, k)) or 0
         return self.placement(state, host, near, kept, plain)
 
     def most_state(self, most: int) -> int | None:
@@ -121,13 +122,19 @@ class _Search:
 
     def fits(self, *counts: int) -> bool:
         found = self.account(*counts)
-        return found.host <= self.budgets.host and found.disk <= self.budgets.disk
+        budgets = self.budgets
+        return found.device <= budgets.device and found.host <= budgets.host and found.disk <= budgets.disk
 
     def account(self, *counts: int) -> Account:
         if counts not in self._known:
             setting = self.setting
             self._known[counts] = account(
-                self.plans, self.placement(*counts), setting.precision, setting.micro_batch_tokens, setting.width
+                self.plans,
+                self.placement(*counts),
+                setting.precision,
+                setting.micro_batch_tokens,
+                setting.width,
+                setting.beside,
             )
         return self._known[counts]
 

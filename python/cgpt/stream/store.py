@@ -45,6 +45,9 @@ class Layer:
     parameters: dict[str, nn.Parameter]
 
 
+Update = Callable[[Record, Tensor | None], None]  # of a record, with its gradients where they came with it
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of `owner`'s working weights that a slot holds: elements, from the owner's start to the slot's."""
@@ -96,6 +99,7 @@ class Store:
         self._copied = [0] * count  # the version of the copy that is kept on the device
         self._updated: list[Event | None] = [None] * count  # ends the last update of the record
         self._working: list[Event | None] = [None] * count  # and of the weights that copies are made from
+        self._spent: list[Event | None] = [None] * count  # ends the last use of its gradients
         self._fresh: list[Event | None] = [None] * count  # ends the last renewal of the kept copy
         self._read: list[dict[str, Event]] = [{} for _ in range(count)]  # the last to read the record, by lane
         self._held: dict[int, Buffer] = {}
@@ -142,28 +146,33 @@ class Store:
                 _, event = self.lanes.compute("poison", lambda: self.lanes.poison(slot.memory), [event])
             slot.drain(event)
 
-    def update(self, index: int, what: str, work: Callable[[Record], None], after: Sequence[Event]) -> None:
-        """Runs `work` on layer `index`'s record, behind `after` and everything that still reads it: at once where the
-        record is on the device, else on the optimizer's lane, between a disk's read and its write."""
+    def update(self, index: int, what: str, work: Update, after: Sequence[Event]) -> None:
+        """Runs `work` on layer `index`'s record and the gradients that wait beside it on the disk, behind `after` and
+        everything that still reads it: at once where the record is on the device, else on the optimizer's lane,
+        between a disk's read and its write."""
         after = [*after, *self._read[index].values(), *_there(self._updated[index])]
         nbytes, snapshot, change = self._traffic[index], self.snapshot, work
 
-        def work(record: Record) -> None:
+        def work(record: Record, gradients: Tensor | None = None) -> None:
             if snapshot is not None:
                 snapshot.gate(index, record)
-            change(record)
+            change(record, gradients)
 
         self._read[index] = {}
         if self.placement.state[index] == "device":
             _, event = self.lanes.compute(what, lambda: work(self.records[index]), after)
             self._copied[index] = self.versions[index] + 1
-            self._updated[index] = self._working[index] = self._fresh[index] = event
+            self._updated[index] = self._working[index] = self._fresh[index] = self._spent[index] = event
         elif self.placement.state[index] == "host":
             event = self.lanes.submit("optimizer", what, lambda: work(self.records[index]), after, nbytes)
-            self._updated[index] = self._working[index] = event
+            self._updated[index] = self._working[index] = self._spent[index] = event
         else:
             self._update_on_disk(index, what, work, after, nbytes)
         self.versions[index] += 1
+
+    def spent(self, index: int) -> list[Event]:
+        """The last update's use of layer `index`'s gradients, on its way or done."""
+        return _there(self._spent[index])
 
     def pending(self, index: int) -> list[Event]:
         """The last update of layer `index`'s record, on its way or done."""
@@ -177,7 +186,7 @@ class Store:
             for name in self._slot_layouts[index].names:
                 self._hide(self.layers[index].parameters[name])
         self._held.clear()
-        for ring in (self._slots, self._fetching, self._staging):
+        for ring in (self._slots, self._fetching, self._staging, self._sending):
             ring.reset()
 
     def settle(self) -> None:
@@ -266,6 +275,8 @@ class Store:
         self._staging = Ring(ring if wanted.staging else [])
         ring = [Buffer(f"fetching {i}", self.host.allocate(wanted.fetching)) for i in range(SLOTS)]
         self._fetching = Ring(ring if wanted.fetching else [])
+        ring = [Buffer(f"sending {i}", self.host.allocate(wanted.sending)) for i in range(SLOTS)]
+        self._sending = Ring(ring if wanted.sending else [])
         self._saving = self.host.allocate(wanted.saving)  # a record that `peek` reads from the disk
         self.aside = self.host.allocate(wanted.aside)  # a Snapshot's
         self.records: list[Record | None] = [None] * len(indices)  # in memory; None: on the disk
@@ -278,7 +289,7 @@ class Store:
             size, home, weights = plan.owned.size, place.state[i], place.weights[i]
             nbytes = record_bytes(size, self.precision, self.training)
             if home == "disk":
-                self._disk_at[i], at = at, at + disk_bytes(nbytes)
+                self._disk_at[i], at = at, at + disk_bytes(nbytes) + (disk_bytes(size * width) if wanted.sending else 0)
                 if weights != "disk":
                     self.near[i] = self.host.allocate(size * width).view(self.dtype)
             else:
@@ -288,7 +299,7 @@ class Store:
                 self.kept[i] = self.records[i].flat["working"]
             elif weights == "device":
                 self.kept[i] = self.lanes.allocate(size * width).view(self.dtype)
-            if home != "device" and self.training:
+            if self.training and (home == "host" or (home == "disk" and place.visits > 1)):
                 several = place.visits > 1
                 self.gradients[i] = self.host.allocate(plan.reads.size * 4 if several else size * width)
         self._traffic = [
@@ -403,16 +414,20 @@ class Store:
 
     # The disk ------------------------------------------------------------------------------------------------------
 
-    def _stage(self, index: int) -> tuple[Buffer, Record, Event]:
-        """Submits reading a record from the disk; returns its buffer in use, the record in it, and its event."""
+    def _stage(self, index: int, with_gradients: Sequence[Event] | None = None) -> tuple[Buffer, Record, Event]:
+        """Submits reading a record from the disk; returns its buffer in use, the record in it, and its event.
+
+        with_gradients: reads those behind it too, behind these events.
+        """
         buffer, name = self._staging.take(), self.layers[index].name
         nbytes = record_bytes(self.plans[index].owned.size, self.precision, self.training)
         memory = buffer.memory[: disk_bytes(nbytes)]
+        there = memory if with_gradients is None else buffer.memory[: disk_bytes(nbytes) + self._gradient_bytes(index)]
 
         def start(after: list[Event]) -> Event:
-            work = self.disk.reader(self._disk_at[index], memory)
-            after = [*after, *_there(self._updated[index])]
-            return self.lanes.submit("read", f"{name} state", work, after, memory.nbytes)
+            work = self.disk.reader(self._disk_at[index], there)
+            after = [*after, *_there(self._updated[index]), *(with_gradients or ())]
+            return self.lanes.submit("read", f"{name} state", work, after, there.nbytes)
 
         buffer.fill(index, self.versions[index], start)
         record = Record(self.plans[index].owned, self.precision, self.training, memory[:nbytes])
@@ -430,19 +445,46 @@ class Store:
         buffer.drain(event)
         return event
 
-    def _update_on_disk(
-        self, index: int, what: str, work: Callable[[Record], None], after: list[Event], nbytes: int
-    ) -> None:
-        buffer, record, ready = self._stage(index)
+    def _update_on_disk(self, index: int, what: str, work: Update, after: list[Event], nbytes: int) -> None:
+        beside = self.gradients[index] is None
+        buffer, record, ready = self._stage(index, after if beside else None)
+        start = disk_bytes(record.memory.nbytes)
+        there = buffer.memory[start : start + self.plans[index].owned.size * self.dtype.itemsize].view(self.dtype)
 
         def run() -> None:
-            work(record)
+            work(record, there if beside else None)
             if self.near[index] is not None:
                 self.near[index].copy_(record.flat["working"])
 
         done = self.lanes.submit("optimizer", what, run, [*after, ready], nbytes)
+        self._spent[index] = ready if beside else done
         self._updated[index] = self._write_back(index, buffer, [done])
         self._working[index] = self._updated[index] if self.near[index] is None else done
+
+    def send_gradients(self, index: int, work: Callable[[Tensor], None], after: Sequence[Event]) -> Event:
+        """Has `work` fill a buffer with layer `index`'s gradients on the lane up, and writes it behind the layer's
+        record on the disk; returns the event of the write."""
+        name, nbytes = self.layers[index].name, self.plans[index].owned.size * self.dtype.itemsize
+        buffer = self._sending.take()
+        flat = buffer.memory[:nbytes].view(self.dtype)
+
+        def start(before: list[Event]) -> Event:
+            return self.lanes.submit("up", f"{name} gradients", lambda: work(flat), [*before, *after], nbytes)
+
+        buffer.fill(index, self.versions[index], start)
+        sent = buffer.use(index, self.versions[index])
+        memory = buffer.memory[: self._gradient_bytes(index)]
+        at = self._disk_at[index] + disk_bytes(
+            record_bytes(self.plans[index].owned.size, self.precision, self.training)
+        )
+        write = self.disk.writer(at, memory)
+        before = [sent, *_there(self._spent[index])]
+        event = self.lanes.submit("write", f"{name} gradients", write, before, memory.nbytes)
+        buffer.drain(event)
+        return event
+
+    def _gradient_bytes(self, index: int) -> int:
+        return disk_bytes(self.plans[index].owned.size * self.dtype.itemsize)
 
     def _at_home(self, index: int, writing: bool) -> contextlib.AbstractContextManager[Record]:
         in_memory = self.records[index]

@@ -1,7 +1,7 @@
 """What each lane did when: for a trace, a picture, and the measured side of predicted and measured.
 
-Times are seconds of one clock, time.perf_counter's or a simulated device's. Only the last few steps are kept. Chrome's
-trace format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+Times are seconds of one clock, time.perf_counter's or a simulated device's. Only the last few steps are kept, and of a
+run that marks none, or has enormous ones, the last spans. Chrome's trace format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cgpt.files import write_atomically
 
+SPANS = 1 << 17  # kept at most, some 50 MB; a step of 100 layers and 16 micro-batches has a twentieth
 ROWS = ("compute", "down", "up", "optimizer", "read", "write")
 
 
@@ -34,7 +35,7 @@ class Timeline:
 
     def __init__(self, steps: int = 2):
         self._lock = threading.Lock()
-        self._spans: deque[Span] = deque()
+        self._spans: deque[Span] = deque(maxlen=SPANS)
         self._steps: deque[tuple[int, float, float]] = deque(maxlen=steps)
 
     def record(self, lane: str, what: str, begin: float, end: float, nbytes: int = 0, flops: float = 0.0) -> None:
@@ -47,7 +48,7 @@ class Timeline:
         with self._lock:
             self._steps.append((step, begin, end))
             oldest = self._steps[0][1]
-            self._spans = deque(span for span in self._spans if span.end > oldest)
+            self._spans = deque((span for span in self._spans if span.end > oldest), maxlen=SPANS)
 
     def spans(self, step: int | None = None) -> list[Span]:
         """All that is kept, or what overlaps a step that was marked; by lane and begin."""

@@ -1,0 +1,142 @@
+"""Schedules that can be computed by hand, on a clock without time."""
+
+import pytest
+import torch
+
+from cgpt.stream.devices_simulated import SimulatedDevice
+from cgpt.stream.forecast import Rates
+from cgpt.stream.timeline import Timeline
+
+RATES = {"flops": 100.0, "down": 10.0, "up": 5.0, "memory": 20.0, "read": 4.0, "write": 2.0}
+EXACT = 1e-12
+
+
+def simulated(arena_bytes=0, timeline=None, **rates):
+    return SimulatedDevice(Rates(**RATES | rates), arena_bytes, timeline=timeline)
+
+
+def nothing():
+    pass
+
+
+def at(expected):
+    return pytest.approx(expected, abs=EXACT, rel=0)
+
+
+@pytest.mark.parametrize(
+    ("lane", "seconds"), [("down", 4.0), ("up", 8.0), ("optimizer", 2.0), ("read", 10.0), ("write", 20.0)]
+)
+def test_each_lane_has_its_rate(lane, seconds):
+    device = simulated()
+    assert device.submit(lane, "", nothing, nbytes=40).at == at(seconds)
+    assert device.submit(lane, "", nothing, nbytes=40).at == at(2 * seconds)
+    assert device.now == 0.0
+
+
+def test_compute_overlaps_the_next_layers_weights():
+    """Weights of 3 s, arithmetic of 2 s: after the fill, the link binds; the last layer's arithmetic hangs over."""
+    device = simulated()
+    weights = [device.submit("down", "", nothing, nbytes=30) for _ in range(4)]
+    ends = [device.compute("", nothing, [ready], flops=200.0)[1].at for ready in weights]
+    assert [ready.at for ready in weights] == at([3.0, 6.0, 9.0, 12.0])
+    assert ends == at([5.0, 8.0, 11.0, 14.0])
+    assert device.now == at(14.0)
+
+
+def test_arithmetic_that_takes_longer_hides_the_link():
+    device, free, ends = simulated(), [[], []], []
+    for i in range(4):
+        ready = device.submit("down", "", nothing, free[i % 2], nbytes=30)
+        _, used = device.compute("", nothing, [ready], flops=500.0)
+        free[i % 2] = [used]
+        ends.append((ready.at, used.at))
+    # The caller waits for the weights (3, 8, 13, 18), so a slot that is free at 8 is filled from 8.
+    assert ends == [at((3.0, 8.0)), at((6.0, 13.0)), at((11.0, 18.0)), at((16.0, 23.0))]
+
+
+def test_events_hold_across_lanes():
+    device = simulated()
+    read = device.submit("read", "", nothing, nbytes=10)  # 0 to 2.5
+    _, made = device.compute("", nothing, flops=300.0)  # 0 to 3
+    up = device.submit("up", "", nothing, [made], nbytes=20)  # 3 to 7
+    update = device.submit("optimizer", "", nothing, [read, up], nbytes=10)  # 7 to 7.5
+    write = device.submit("write", "", nothing, [update], nbytes=1)  # 7.5 to 8
+    down = device.submit("down", "", nothing, nbytes=10)  # 0 to 1: stands behind nothing
+    assert [event.at for event in (read, made, up, update, write, down)] == at([2.5, 3.0, 7.0, 7.5, 8.0, 1.0])
+    assert device.caller == 0.0
+    device.settle()
+    assert device.caller == at(8.0)
+
+
+def test_latency_is_of_every_transfer_and_of_nothing_else():
+    device = simulated(latency=0.25)
+    ends = [
+        device.submit(lane, "", nothing, nbytes=20).at for lane in ("down", "down", "up", "read", "write", "optimizer")
+    ]
+    assert ends == at([2.25, 4.5, 4.25, 5.25, 10.25, 1.0])
+    assert device.submit("down", "", nothing).at == at(4.5)  # moves nothing
+    assert device.compute("", nothing, flops=50.0)[1].at == at(0.5)
+
+
+@pytest.mark.parametrize(("half_duplex", "ends"), [(False, [2.0, 4.0, 4.0, 8.0]), (True, [2.0, 6.0, 8.0, 12.0])])
+def test_down_and_up_share_a_half_duplex_link(half_duplex, ends):
+    device = simulated(half_duplex=half_duplex)
+    assert [device.submit(lane, "", nothing, nbytes=20).at for lane in ("down", "up", "down", "up")] == at(ends)
+    assert device.submit("read", "", nothing, nbytes=4).at == at(1.0)
+
+
+def test_the_caller_cannot_enqueue_in_the_past():
+    device = simulated()
+    read = device.submit("read", "", nothing, nbytes=20)
+    assert not read.done
+    read.wait()
+    assert read.done
+    assert device.caller == at(5.0)
+    assert device.compute("", nothing, flops=100.0)[1].at == at(6.0)
+    assert device.submit("down", "", nothing, nbytes=10).at == at(6.0)
+    assert device.number(torch.tensor(2.5)) == 2.5
+    assert device.caller == at(6.0)
+
+
+def test_the_caller_runs_ahead_of_arithmetic():
+    device = simulated()
+    _, first = device.compute("", nothing, flops=500.0)
+    _, second = device.compute("", nothing, [first], flops=100.0)
+    assert device.caller == 0.0
+    assert (first.at, second.at) == at((5.0, 6.0))
+    assert device.submit("down", "", nothing, nbytes=10).at == at(1.0)
+
+
+def test_numbers_are_right():
+    device = simulated(1024)
+    slot, home = device.allocate(256).view(torch.float32), torch.arange(64.0)
+    down = device.submit("down", "", lambda: device.copy(slot, home), nbytes=256)
+    total, made = device.compute("", slot.sum, [down], flops=64)
+    device.submit("up", "", lambda: device.copy(home, slot * 2), [made], nbytes=256)
+    assert device.number(total) == 2016.0
+    assert torch.equal(home, 2 * torch.arange(64.0))
+
+
+def test_an_error_stops_the_device():
+    device = simulated()
+    before = device.submit("down", "", nothing, nbytes=10)
+    with pytest.raises(ZeroDivisionError):
+        device.submit("read", "", lambda: 1 // 0)
+    works = [
+        before.wait, device.settle, lambda: device.submit("up", "", nothing), lambda: device.compute("", nothing)
+    ]  # fmt: skip
+    for work in works:
+        with pytest.raises(ZeroDivisionError):
+            work()
+    device.close()
+
+
+def test_the_timeline_is_the_clocks():
+    timeline = Timeline()
+    device = simulated(timeline=timeline)
+    ready = device.submit("down", "weights", nothing, nbytes=30)
+    device.compute("forward", nothing, [ready], flops=200.0)
+    timeline.mark(1, 0.0, device.now)
+    found = [(span.lane, span.begin, span.end, span.nbytes, span.flops) for span in timeline.spans(1)]
+    assert found == [("compute", 3.0, 5.0, 0, 200.0), ("down", 0.0, 3.0, 30, 0.0)]
+    assert timeline.busy(1) == {"compute": 2.0, "down": 3.0, "up": 0.0, "optimizer": 0.0, "read": 0.0, "write": 0.0}
