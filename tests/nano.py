@@ -65,27 +65,20 @@ class Runs:
     def __init__(self, cwd: Path):
         self._server = start("serve", cwd=cwd, stdin=subprocess.PIPE)
 
-    def begin(self, *arguments: str, where: str = "resident", aside: int | None = None, kill=None) -> int:
-        """Starts one; returns its process number. kill: (failpoint, count), where it kills itself."""
+    def run(self, *arguments: str, where: str = "resident", aside: int | None = None, kill=None) -> tuple[int, str]:
+        """Its exit code, less than zero for a signal's, and what it said. kill: seconds after which it is killed, or
+        (failpoint, count), where it kills itself."""
         request = {"arguments": arguments, "where": where, "aside": aside, "kill": kill}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
-
-    def end(self) -> tuple[int, str]:
-        """Its exit code, less than zero for a signal's, and what it said."""
         return tuple(json.loads(self._server.stdout.readline()))
-
-    def run(self, *arguments: str, **options) -> tuple[int, str]:
-        self.begin(*arguments, **options)
-        return self.end()
 
     def close(self) -> None:
         self._server.communicate()
 
 
 def serve() -> None:
-    """Answers each request of `Runs` with the process's number, and once it has ended, with how."""
+    """Answers each request of `Runs` once its process has ended."""
     gpt2()
     for line in sys.stdin:
         request, said = json.loads(line), Path("said")
@@ -98,12 +91,16 @@ def serve() -> None:
                 code = serve_one(**request)
                 sys.stdout.flush()
             os._exit(code)
-        print(process, flush=True)
+        if isinstance(request["kill"], float):
+            signal.signal(signal.SIGALRM, lambda *_, process=process: os.kill(process, signal.SIGKILL))
+            signal.setitimer(signal.ITIMER_REAL, request["kill"])
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)  # its number stays its own until no signal can come
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _, status = os.waitpid(process, 0)
         print(json.dumps([os.waitstatus_to_exitcode(status), said.read_text()]), flush=True)
 
 
-def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | None) -> int:
+def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | float | None) -> int:
     weights, state = HOMES[where]
     placement = Placement(weights, state, tuple(home != "device" for home in weights), aside=aside)
     build = train.build
@@ -113,7 +110,7 @@ def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | 
 
     def failpoint(name: str) -> None:
         passed.append(name)
-        if kill is not None and passed.count(kill[0]) == kill[1]:
+        if isinstance(kill, list) and passed.count(kill[0]) == kill[1]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint.failpoint = failpoint

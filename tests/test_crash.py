@@ -126,10 +126,8 @@ def test_killed_at_random_moments(here, runs, whole, cut, mode):
     while kills < KILLS:
         before = whole_ones(cut / checkpoint.CHECKPOINTS)
         going_on = (cut / "config.json").exists()
-        process = runs.begin("train", *(["--resume"] if going_on else COMMON), "--out", "cut", **options)
-        time.sleep(draw.random() * seconds)
-        os.kill(process, signal.SIGKILL)
-        code, said = runs.end()
+        options["kill"] = draw.random() * seconds
+        code, said = runs.run("train", *(["--resume"] if going_on else COMMON), "--out", "cut", **options)
         if code == 0:  # it was over before: another one
             assert outcome(cut) == whole
             shutil.rmtree(cut)
@@ -137,7 +135,7 @@ def test_killed_at_random_moments(here, runs, whole, cut, mode):
         assert code == -signal.SIGKILL, said
         kills += 1
         assert (whole_ones(cut / checkpoint.CHECKPOINTS) or [0])[0] >= (before or [0])[0]
-    going_on = (cut / "config.json").exists()
+    going_on, options["kill"] = (cut / "config.json").exists(), None
     code, said = runs.run("train", *(["--resume"] if going_on else COMMON), "--out", "cut", **options)
     assert code == 0, said
     assert outcome(cut) == whole
