@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,13 +20,17 @@ from cgpt.files import write_atomically
 from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
+from cgpt.stream.limits import parse_bytes
 
 CONFIG = "config.json"
 RUNS = Path("runs")
 DEVICES = ("cpu", "cuda")
 
 # What may change when a run is resumed; everything else is what makes it that run.
-CHANGEABLE = ("steps", "checkpoint_every", "keep", "eval_every", "eval_tokens", "device", "micro_batch_size")
+CHANGEABLE = (
+    "steps", "checkpoint_every", "keep", "eval_every", "eval_tokens", "device", "micro_batch_size",
+    "placement", "device_memory", "host_memory", "disk",
+)  # fmt: skip
 
 WARMUP_PART = 5  # warm-up takes at most a fifth of a run that is shorter than its preset's
 MICRO_BATCH_TOKENS = 8192  # activations of one micro-batch of the 111M model: about 1.6 GB in bf16
@@ -78,6 +82,17 @@ class TrainConfig:
     """Of weights and activations; masters, moments and losses are fp32 always (default: bf16)."""
     device: Annotated[Literal["cpu", "cuda"] | None, _flag("{cpu,cuda}")] = None
     """Where to train (default: cpu)."""
+    placement: Annotated[Literal["resident", "auto"] | None, _flag("{resident,auto}")] = None
+    """resident: all layers on the device. auto: as many as fit, the others stream from the host and the disk (default:
+    auto with any of the next three flags, else resident)."""
+    device_memory: Text = None
+    """Of the device, as 4GiB (default: all that is free). On a CPU, a stretch of memory that stands for a device's."""
+    host_memory: Text = None
+    """Of the host, on a CPU of the whole process (default: all that is free)."""
+    disk: Folder = None
+    """For optimizer state and weights that memory has no room for; what is written there is gone when the run ends."""
+    timeline: Switch = False
+    """Leave timeline.json (for chrome://tracing) and timeline.png of the last steps: what each lane did when."""
     seed: Int = None
     """Of initial weights and order of samples (default: 0)."""
     eval_every: Int = None
@@ -121,6 +136,10 @@ class Recipe:
     eval_tokens: int
     checkpoint_every: int
     keep: int
+    placement: str = "resident"
+    device_memory: int | None = None
+    host_memory: int | None = None
+    disk: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -134,7 +153,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         known = {field.name for field in fields(cls)}
-        if set(values) != known:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not needed <= set(values) <= known:
             raise InputError(f"recipe: wanted the fields {', '.join(sorted(known))}, got {', '.join(sorted(values))}")
         schedule = tuple((start, batch) for start, batch in values["batch_schedule"])
         return cls(**{**values, "shape": GPTConfig.from_dict(values["shape"]), "batch_schedule": schedule})
@@ -176,6 +196,7 @@ def resolve(config: TrainConfig) -> Recipe:
         eval_tokens=config.eval_tokens or 65536,
         checkpoint_every=config.checkpoint_every or max(1, min(1000, steps // 10)),
         keep=config.keep or 2,
+        **_where(config),
     )
     if recipe.warmup_tokens > recipe.tokens:
         raise InputError(f"--warmup-tokens: wanted at most the run's {recipe.tokens}, got {recipe.warmup_tokens}")
@@ -188,8 +209,9 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or field.name in ("out", "resume"):
+        if value is None or field.name in ("out", "resume", "timeline"):
             continue
+        value = _where(config).get(field.name, value)
         if field.name in ("batch_size", "batch_schedule"):
             before, value = saved.batch_schedule, _schedule(config)
         else:
@@ -201,6 +223,17 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
             raise InputError(f"{flag}: the run in {folder} has {before}, got {value}; a resumed run keeps its recipe")
         changed[field.name] = value
     return replace(saved, **changed)
+
+
+def _where(config: TrainConfig) -> dict[str, Any]:
+    """The flags that say where layers live, as the recipe has them. Raises InputError for what is no size."""
+    sizes = {"device_memory": config.device_memory, "host_memory": config.host_memory}
+    found: dict[str, Any] = {
+        name: size and parse_bytes(size, f"--{name.replace('_', '-')}") for name, size in sizes.items()
+    }
+    found["disk"] = None if config.disk is None else str(config.disk)
+    given = any(value is not None for value in found.values())
+    return {"placement": config.placement or ("auto" if given else "resident"), **found}
 
 
 def batch_at(recipe: Recipe, tokens: int) -> int:
@@ -263,8 +296,11 @@ def _check(config: TrainConfig) -> None:
         _bound(name, getattr(config, name), lambda value: 0 <= value < float("inf"), "a number of at least 0")
     _bound("min_lr_ratio", config.min_lr_ratio, lambda value: 0 <= value <= 1, "a share from 0 to 1")
     choices = {"precision": ("bf16", "fp32", "fp16"), "device": DEVICES, "decay": ("linear", "cosine", "constant")}
+    choices["placement"] = ("resident", "auto")
     for name, known in choices.items():
         _bound(name, getattr(config, name), lambda value, known=known: value in known, f"one of {', '.join(known)}")
+    if config.placement == "resident" and config.disk is not None:
+        raise InputError("--disk: wanted --placement auto with it, got resident")
     if config.batch_size is not None and config.batch_schedule is not None:
         raise InputError("--batch-schedule: wanted it or --batch-size, got both")
 

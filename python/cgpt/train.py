@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -30,9 +30,11 @@ from cgpt.errors import InputError
 from cgpt.evaluate.generate import generate
 from cgpt.evaluate.loss import HeldOut, held_out_loss, identity_of, to_device, windows_within
 from cgpt.files import lock_folder
+from cgpt.lanes import LaneReport
 from cgpt.metrics import Metrics, Summary, human, peak_memory_bytes
 from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
+from cgpt.placing import describe, place_run
 from cgpt.plots import plot_loss
 from cgpt.recipe import (
     Recipe,
@@ -48,14 +50,15 @@ from cgpt.recipe import (
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.schedule import learning_rate
 from cgpt.stream.build import build, check_device
+from cgpt.stream.devices import open_device
 from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.optimizer import AdamW
-from cgpt.stream.placement import Placement
+from cgpt.stream.probe import probe
 from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store
+from cgpt.stream.timeline import Timeline
 from cgpt_ext import dispatch
 
-ASIDE = 2  # records for which the host has room while a checkpoint is written
 SAMPLE_PROMPT = 16  # tokens of held-out text that the sample at the end continues
 SAMPLE_TOKENS = 64
 
@@ -68,7 +71,7 @@ def train(config: TrainConfig) -> Summary:
     """
     keep_large_buffers()
     run = open_run(config)
-    with contextlib.closing(run.lock):
+    with contextlib.closing(run.lock), contextlib.closing(run.store):
         return to_the_end(run)
 
 
@@ -132,6 +135,10 @@ def to_the_end(run: Run) -> Summary:
         return summary
     console.show_summary(summary)
     console.say(f"sample   {sample(run)}")
+    for line in run.lanes.lines():
+        console.say(line)
+    if run.lanes.wanted:
+        console.say(f"lanes    {', '.join(map(str, run.lanes.write(run.folder)))}")
     console.say(f"{picture}; checkpoint {run.checkpoint}; resume with: {resume_command(run.folder)}")
     return summary
 
@@ -154,6 +161,7 @@ class Run:
     executor: Executor
     optimizer: AdamW
     lock: TextIO
+    lanes: LaneReport
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -171,7 +179,9 @@ def open_run(config: TrainConfig) -> Run:
         recipe, identity = resolve(config), None
         folder = new_folder(config, recipe)
     implementations = implementations_on(recipe.device)
-    console.refuse_what_cannot_fit(recipe, console.memory_estimate(recipe, recipe.shape.n_params))
+    placed = place_run(recipe)
+    if not placed.streams:
+        console.refuse_what_cannot_fit(recipe, console.memory_estimate(recipe, recipe.shape.n_params))
 
     dataset = open_corpus(recipe.data, progress=console.interactive())
     train_split, val_split = train_val_split(dataset, recipe.seq_len)
@@ -181,8 +191,9 @@ def open_run(config: TrainConfig) -> Run:
     if dataset.vocab_size > recipe.shape.vocab_size:
         raise InputError(f"{recipe.data}: wanted ids under {recipe.shape.vocab_size}, got {dataset.vocab_size}")
 
-    placement = replace(Placement.resident(recipe.shape.n_layer + 2), aside=ASIDE)
-    model, store = build(recipe.shape, recipe.precision, recipe.device, placement=placement)
+    timeline = Timeline() if config.timeline or placed.streams else None
+    device = open_device(recipe.device, placed.account.needs.device, timeline=timeline)
+    model, store = build(recipe.shape, recipe.precision, device, placement=placed.placement, disk=recipe.disk)
     optimizer = AdamW(
         store,
         beta1=recipe.beta1,
@@ -196,7 +207,8 @@ def open_run(config: TrainConfig) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)
     try:
-        run = Run(recipe, folder, dataset, loader, held_out, model, store, Executor(store), optimizer, lock)
+        lanes = LaneReport(store, probe(store) if placed.streams else None, config.timeline, recipe.shape.d_model)
+        run = Run(recipe, folder, dataset, loader, held_out, model, store, Executor(store), optimizer, lock, lanes)
         if config.resume:
             go_on(run)
         if not run.step:
@@ -204,6 +216,8 @@ def open_run(config: TrainConfig) -> Run:
         write_config(folder, recipe, found)
         told = f"{dataset.name}: {human(train_split.n_tokens)} tokens to train on, {human(val_split.n_tokens)} held out"
         console.report(recipe, store.n_parameters, told, implementations, folder)
+        if placed.streams:
+            console.say(f"placed   {describe(placed)}")
         if config.resume:
             console.say(f"resumed  at step {run.step} of {recipe.steps}, from {run.checkpoint or 'the start'}")
     except BaseException:
@@ -242,9 +256,8 @@ def one_step(run: Run) -> dict:
         decay=recipe.decay,
         min_ratio=recipe.min_lr_ratio,
     )
-    # Resident weights cost nothing to visit again: one micro-batch a visit keeps the fewest activations.
     scale = run.optimizer.loss_scale
-    gradients = run.executor.gradients([[batch] for batch in micro_batches(run, size)], scale)
+    gradients = run.executor.gradients(visits(run, size), scale)
     if not math.isfinite(gradients.loss):
         finish_saving(run)
         raise InputError(
@@ -253,6 +266,7 @@ def one_step(run: Run) -> dict:
         )
     applied = run.optimizer.step(gradients, lr)
     run.step += 1
+    run.lanes.mark(run.step, began, time.perf_counter(), size * recipe.seq_len)
     run.samples += size
     return {
         "step": run.step,
@@ -264,11 +278,12 @@ def one_step(run: Run) -> dict:
     }
 
 
-def micro_batches(run: Run, size: int) -> list[Batch]:
-    """The step's `size` samples in pieces of at most micro_batch_size."""
+def visits(run: Run, size: int) -> list[list[Batch]]:
+    """The step's `size` samples in micro-batches of at most micro_batch_size, as many a visit as the placement has."""
     ids, targets = to_device(run.loader.batch(run.samples, size), run.store.device)
-    pieces = run.recipe.micro_batch_size
-    return list(zip(ids.split(pieces), targets.split(pieces), strict=True))
+    pieces, rows = run.recipe.micro_batch_size, run.store.placement.micro_batches
+    batches = list(zip(ids.split(pieces), targets.split(pieces), strict=True))
+    return [batches[start : start + rows] for start in range(0, len(batches), rows)]
 
 
 def evaluate(run: Run) -> HeldOut:

@@ -8,6 +8,7 @@ from torch import nn
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
+from cgpt.stream.devices import Device
 from cgpt.stream.store import Layer, Store
 
 
@@ -28,10 +29,13 @@ def check_device(device: str) -> None:
         raise InputError(f"--device: wanted cuda, got a machine where torch {torch.__version__} finds no CUDA device")
 
 
-def build(shape: GPTConfig, precision: str, device: str, *, training: bool = True, **where) -> tuple[GPT, Store]:
+def build(
+    shape: GPTConfig, precision: str, device: str | Device, *, training: bool = True, **where
+) -> tuple[GPT, Store]:
     """A GPT with its parameters in a store, all zero; `where` is Store's placement and disk. Raises InputError where
     there is no such device."""
-    check_device(device)
+    if isinstance(device, str):
+        check_device(device)
     with torch.device("meta"):
         model = GPT(shape)
     return model, Store(layers_of(model), precision, device, training=training, **where)

@@ -189,6 +189,12 @@ class Store:
         for ring in (self._slots, self._fetching, self._staging, self._sending):
             ring.reset()
 
+    def close(self) -> None:
+        """Ends the lanes and gives the disk's space back; the store cannot be used any more."""
+        self.lanes.close()
+        if self.disk is not None:
+            self.disk.close()
+
     def settle(self) -> None:
         """Waits for every copy and update that is on its way."""
         self.lanes.settle()
