@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cgpt import checkpoint, train
@@ -18,6 +19,10 @@ from cgpt.cli import main
 from cgpt.data.tokenizer import gpt2
 from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS, Preset
+from cgpt.placing import Placed
+from cgpt.recipe import Recipe
+from cgpt.stream.account import account
+from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.placement import Placement
 
 NANO = Preset(
@@ -104,7 +109,15 @@ def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | 
     weights, state = HOMES[where]
     placement = Placement(weights, state, tuple(home != "device" for home in weights), aside=aside)
     build = train.build
-    train.build = lambda *what, **_: build(*what, placement=placement, disk=os.getcwd())
+    train.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
+    place_run = train.place_run
+
+    def placed(recipe: Recipe) -> Placed:
+        found, tokens = place_run(recipe), recipe.micro_batch_size * recipe.seq_len
+        taken = account(gpt_plans(recipe.shape), placement, recipe.precision, tokens, recipe.shape.d_model)
+        return replace(found, placement=placement, account=taken)
+
+    train.place_run = placed
     train.sample, train.plot_loss = lambda run: "none", lambda folder, *_: folder  # of no concern, and slow
     passed = []
 

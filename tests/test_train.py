@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from cgpt import checkpoint, train
+from cgpt import checkpoint, placing, train
 from cgpt.errors import InputError
 from cgpt.metrics import read
 from cgpt.model import presets
@@ -224,7 +224,7 @@ def slow_disk(monkeypatch):
         time.sleep(0.1 if name.endswith("written") else 0)
 
     monkeypatch.setattr(checkpoint, "failpoint", wait)
-    monkeypatch.setattr(train, "ASIDE", 100)
+    monkeypatch.setattr(placing, "ASIDE", 100)
     return passed
 
 
@@ -242,7 +242,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(here, monkeypatch, slow_
     assert saved[4] == saved[5] == (True, None)  # of step 3, and not whole yet
     assert saved[6] == (True, "step-00000003")  # the one of step 6 has waited for it
     assert summary.checkpoint.endswith("step-00000007")
-    monkeypatch.setattr(train, "ASIDE", None)
+    monkeypatch.setattr(placing, "ASIDE", None)
     train.train(nano(steps=7, out=here / "at once"))
     assert weights(here / "at once") == weights(here / "runs" / "nano-corpus")
     for name in ("step-00000006", "step-00000007"):
