@@ -1,17 +1,29 @@
 """A model small enough for tests: `python nano.py train --model nano ...` is `cgpt` with that preset added.
 
 The vocabulary is GPT-2's, as every corpus needs; all else is as narrow as it goes: 0.8M parameters.
+`python nano.py serve` runs many such commands, each in a process of its own that has everything imported: `Runs`.
 """
 
+import contextlib
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from cgpt import checkpoint, train
 from cgpt.cli import main
+from cgpt.data.tokenizer import gpt2
 from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS, Preset
+from cgpt.placing import Placed
+from cgpt.recipe import Recipe
+from cgpt.stream.account import account
+from cgpt.stream.gpt_plans import gpt_plans
+from cgpt.stream.placement import Placement
 
 NANO = Preset(
     name="nano",
@@ -43,6 +55,81 @@ def start(*arguments: str, cwd: Path, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=cwd, env=environment, **pipes, **options)
 
 
+# embed, h.0, h.1, head: (weights, state)
+HOMES = {
+    "resident": (("device",) * 4, ("device",) * 4),
+    "host": (("host",) * 4, ("host",) * 4),
+    "disk": (("disk",) * 4, ("disk",) * 4),
+    "mixed": (("host", "device", "disk", "device"), ("disk", "host", "disk", "device")),
+}
+
+
+class Runs:
+    """Commands of cgpt, one after another, as processes that may be killed."""
+
+    def __init__(self, cwd: Path):
+        self._server = start("serve", cwd=cwd, stdin=subprocess.PIPE)
+
+    def run(self, *arguments: str, where: str = "resident", aside: int | None = None, kill=None) -> tuple[int, str]:
+        """Its exit code, less than zero for a signal's, and what it said. kill: seconds after which it is killed, or
+        (failpoint, count), where it kills itself."""
+        request = {"arguments": arguments, "where": where, "aside": aside, "kill": kill}
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return tuple(json.loads(self._server.stdout.readline()))
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+def serve() -> None:
+    """Answers each request of `Runs` once its process has ended."""
+    gpt2()
+    for line in sys.stdin:
+        request, said = json.loads(line), Path("said")
+        process = os.fork()
+        if not process:
+            code = 1
+            with contextlib.suppress(SystemExit), said.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+                code = serve_one(**request)
+                sys.stdout.flush()
+            os._exit(code)
+        if isinstance(request["kill"], float):
+            signal.signal(signal.SIGALRM, lambda *_, process=process: os.kill(process, signal.SIGKILL))
+            signal.setitimer(signal.ITIMER_REAL, request["kill"])
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)  # its number stays its own until no signal can come
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _, status = os.waitpid(process, 0)
+        print(json.dumps([os.waitstatus_to_exitcode(status), said.read_text()]), flush=True)
+
+
+def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | float | None) -> int:
+    weights, state = HOMES[where]
+    placement = Placement(weights, state, tuple(home != "device" for home in weights), aside=aside)
+    build = train.build
+    train.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
+    place_run = train.place_run
+
+    def placed(recipe: Recipe) -> Placed:
+        found, tokens = place_run(recipe), recipe.micro_batch_size * recipe.seq_len
+        taken = account(gpt_plans(recipe.shape), placement, recipe.precision, tokens, recipe.shape.d_model)
+        return replace(found, placement=placement, account=taken)
+
+    train.place_run = placed
+    train.sample, train.plot_loss = lambda run: "none", lambda folder, *_: folder  # of no concern, and slow
+    passed = []
+
+    def failpoint(name: str) -> None:
+        passed.append(name)
+        if isinstance(kill, list) and passed.count(kill[0]) == kill[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.failpoint = failpoint
+    return main(arguments)
+
+
 if __name__ == "__main__":
     PRESETS["nano"] = NANO
-    sys.exit(main())
+    sys.exit(serve() if sys.argv[1:] == ["serve"] else main())

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from cgpt import checkpoint, train
+from cgpt import checkpoint, placing, train
 from cgpt.errors import InputError
 from cgpt.metrics import read
 from cgpt.model import presets
@@ -212,6 +212,78 @@ def test_a_disk_that_fills_names_what_is_left(here, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device; last good checkpoint: .*step-00000003"):
         train.train(nano())
     assert checkpoint.newest(here / "runs" / "nano-corpus" / "checkpoints")[0].name == "step-00000003"
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Saves that take many steps; the names of the points that they have come to."""
+    passed = []
+
+    def wait(name):
+        passed.append(name)
+        time.sleep(0.1 if name.endswith("written") else 0)
+
+    monkeypatch.setattr(checkpoint, "failpoint", wait)
+    monkeypatch.setattr(placing, "ASIDE", 100)
+    return passed
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(here, monkeypatch, slow_disk):
+    saved = {}
+    one_step = train.one_step
+
+    def noting(run):
+        saved[run.step] = run.saving is not None, run.checkpoint and run.checkpoint.name
+        return one_step(run)
+
+    monkeypatch.setattr(train, "one_step", noting)
+    summary = train.train(nano(steps=7))
+    assert saved[2] == (False, None)
+    assert saved[4] == saved[5] == (True, None)  # of step 3, and not whole yet
+    assert saved[6] == (True, "step-00000003")  # the one of step 6 has waited for it
+    assert summary.checkpoint.endswith("step-00000007")
+    monkeypatch.setattr(placing, "ASIDE", None)
+    train.train(nano(steps=7, out=here / "at once"))
+    assert weights(here / "at once") == weights(here / "runs" / "nano-corpus")
+    for name in ("step-00000006", "step-00000007"):
+        assert checkpoint.verify(here / "runs" / "nano-corpus" / "checkpoints" / name)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_leaves_only_once_the_checkpoint_is_whole(here, monkeypatch, slow_disk, error):
+    one_step = train.one_step
+
+    def failing(run):
+        if run.step == 4:
+            assert run.saving is not None
+            raise error
+        return one_step(run)
+
+    monkeypatch.setattr(train, "one_step", failing)
+    with pytest.raises(error):
+        train.train(nano())
+    assert slow_disk[-1] == "latest moved"
+    _, manifest, skipped = checkpoint.newest(here / "runs" / "nano-corpus" / "checkpoints")
+    assert (manifest["step"], skipped) == (3, [])
+
+
+def test_an_error_and_a_save_that_fails_are_both_told(here, monkeypatch, slow_disk, capsys):
+    def full(name):
+        time.sleep(0.1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "failpoint", full)
+    one_step = train.one_step
+
+    def failing(run):
+        if run.step == 3:
+            raise ValueError("of its own")
+        return one_step(run)
+
+    monkeypatch.setattr(train, "one_step", failing)
+    with pytest.raises(ValueError, match="of its own"):
+        train.train(nano())
+    assert "checkpoint not saved: [Errno 28] No space left on device; last good" in capsys.readouterr().out
 
 
 COMMON = "--model nano --data corpus.txt --steps 40 --checkpoint-every 4 --eval-every 20 --eval-tokens 64".split()
