@@ -54,6 +54,7 @@ from cgpt.stream.devices import open_device
 from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.probe import probe
+from cgpt.stream.selfcheck import check_machine
 from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
@@ -191,6 +192,8 @@ def open_run(config: TrainConfig) -> Run:
     if dataset.vocab_size > recipe.shape.vocab_size:
         raise InputError(f"{recipe.data}: wanted ids under {recipe.shape.vocab_size}, got {dataset.vocab_size}")
 
+    if placed.streams:
+        check_machine(recipe.precision, recipe.device, placed.placement, recipe.disk)
     timeline = Timeline() if config.timeline or placed.streams else None
     device = open_device(recipe.device, placed.account.needs.device, timeline=timeline)
     model, store = build(recipe.shape, recipe.precision, device, placement=placed.placement, disk=recipe.disk)

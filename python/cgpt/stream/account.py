@@ -63,6 +63,7 @@ class Account:
             "gradients": need.gradients,
             "staging": STAGING * need.staging + SLOTS * (need.fetching + need.sending),
             "activations": need.boundaries,
+            "checkpoint": need.saving + need.aside,
         }
         workspace = self._workspace("host")
         return _present(parts | {f"{name} (torch)": size for name, size in workspace.items()})

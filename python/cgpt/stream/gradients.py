@@ -21,6 +21,7 @@ from cgpt.stream.record import parameter_view
 from cgpt.stream.store import Store
 from cgpt_ext import grad_norm
 
+STRETCH = 1 << 22  # elements
 IN_FLIGHT = 2  # layers whose gradients may be on their way up while the next are computed
 
 
@@ -144,10 +145,7 @@ class Sums:
             parts = [self._parts.pop((reader, name)) for reader in readers]
             if not parts:
                 continue
-            total = parts[0].to(torch.float32) if len(parts) > 1 else parts[0]
-            for part in parts[1:]:
-                total = total.add_(part)
-            mine[name] = total.to(self._store.dtype)
+            mine[name] = _rounded_sum(parts, self._store.dtype)
         if mine:
             self._norms[index] = grad_norm(list(mine.values()))
         return mine
@@ -164,3 +162,18 @@ class Sums:
 
     def _name(self, index: int) -> str:
         return self._store.layers[index].name
+
+
+def _rounded_sum(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of the first part, the second and so on in fp32, rounded once; stretch by stretch into the first where
+    its dtype allows, for an embedding's parts are the largest tensors of a step."""
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    total = parts[0] if parts[0].dtype == dtype else parts[0].new_empty(parts[0].shape, dtype=dtype)
+    flat = [part.reshape(-1).split(STRETCH) for part in parts]
+    for there, first, *rest in zip(total.view(-1).split(STRETCH), *flat, strict=True):
+        stretch = first.to(torch.float32)
+        for part in rest:
+            stretch = stretch + part
+        there.copy_(stretch)
+    return total

@@ -12,19 +12,24 @@ they had; the store is only read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cgpt.errors import InputError
+from cgpt.model.config import GPTConfig
+from cgpt.model.gpt import GPT
+from cgpt.model.init import init_parameter
+from cgpt.stream.build import layers_of
 from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
 from cgpt.stream.store import Layer, Store
 
 STEPS, LR = 2, 1e-3
+SAMPLE = 16  # tokens
 
 
 def check(store: Store, batch: Batch) -> None:
@@ -35,21 +40,50 @@ def check(store: Store, batch: Batch) -> None:
     place, picked = store.placement, picked_layers(store.placement)
     layers = [store.layers[i] for i in picked]
     disk = f"{store.disk.path}.check" if store.disk is not None else None
-    streamed = replace(
-        place,
-        weights=tuple(place.weights[i] for i in picked),
-        state=tuple(place.state[i] for i in picked),
-        recompute=tuple(place.recompute[i] for i in picked),
-        aside=None,
-    )
+    streamed = _picked(place, picked)
     before = [(p, p.data) for layer in layers for p in layer.parameters.values()]
     try:
-        got = _train(store, layers, streamed, batch, disk)
-        want = _train(store, layers, Placement.resident(len(layers)), batch, None)
+
+        def initial(name: str, tensor: Tensor) -> None:
+            tensor.copy_(store.read(name))
+
+        kind = store.precision, str(store.device), layers
+        got = _train(*kind, streamed, batch, disk, initial)
+        want = _train(*kind, Placement.resident(len(layers)), batch, None, initial)
     finally:
         for parameter, data in before:
             parameter.data = data
     _compare(got, want, {name: store.read(name) for name in want[1]})
+
+
+def check_machine(precision: str, device: str, placement: Placement, disk: str | None) -> None:
+    """`check` before anything large is allocated: of a small GPT whose layers live as those of `placement`, on this
+    machine's
+    lanes, memory and disk. Milliseconds, and no memory to speak of."""
+    picked = picked_layers(placement)
+    shape = GPTConfig(
+        n_layer=len(picked) - 2, n_head=2, d_model=64, d_head=32, d_ff=256, vocab_size=256, seq_len=SAMPLE
+    )
+    with torch.device("meta"):
+        layers = layers_of(GPT(shape))
+    between = -(-SAMPLE * shape.d_model * 4 // 128) * 128
+    streamed = replace(_picked(placement, picked), boundary=between, micro_batches=1, visits=1)
+    ids = torch.arange(SAMPLE + 1).unsqueeze(0).to(device)
+    batch = ids[:, :-1], ids[:, 1:]
+
+    def initial(name: str, tensor: Tensor) -> None:
+        init_parameter(name, tensor, shape, 0)
+
+    start = {}
+    for layer in layers:
+        for name, parameter in layer.parameters.items():
+            start[name] = torch.empty(parameter.shape)
+            initial(name, start[name])
+    found = [
+        _train(precision, device, layers, where, batch, disk, initial)
+        for where in (streamed, Placement.resident(len(layers)))
+    ]
+    _compare(*found, start)
 
 
 def picked_layers(placement: Placement) -> list[int]:
@@ -61,14 +95,31 @@ def picked_layers(placement: Placement) -> list[int]:
     return [0, *chosen, len(placement.state) - 1]
 
 
+def _picked(place: Placement, picked: list[int]) -> Placement:
+    """The places of some layers."""
+    return replace(
+        place,
+        weights=tuple(place.weights[i] for i in picked),
+        state=tuple(place.state[i] for i in picked),
+        recompute=tuple(place.recompute[i] for i in picked),
+        aside=None,
+    )
+
+
 def _train(
-    store: Store, layers: Sequence[Layer], placement: Placement, batch: Batch, disk: str | None
+    precision: str,
+    device: str,
+    layers: Sequence[Layer],
+    placement: Placement,
+    batch: Batch,
+    disk: str | None,
+    initial: Callable[[str, Tensor], None],
 ) -> tuple[list, dict[str, Tensor], dict[str, Tensor]]:
-    """(losses and norms, masters, moments) after STEPS steps from `store`'s masters and moments of zero."""
+    """(losses and norms, masters, moments) after STEPS steps from `initial` masters and moments of zero."""
     twin = None
     try:
-        twin = Store(layers, store.precision, str(store.device), placement=placement, disk=disk)
-        twin.initialise(lambda name, tensor: tensor.copy_(store.read(name)))
+        twin = Store(layers, precision, device, placement=placement, disk=disk)
+        twin.initialise(initial)
         executor, optimizer = Executor(twin, seed=0), AdamW(twin)
         optimizer.loss_scale = 1.0  # what overflows is skipped, and would prove nothing
         rows = []
