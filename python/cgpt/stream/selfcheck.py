@@ -58,8 +58,7 @@ def check(store: Store, batch: Batch) -> None:
 
 def check_machine(precision: str, device: str, placement: Placement, disk: str | None) -> None:
     """`check` before anything large is allocated: of a small GPT whose layers live as those of `placement`, on this
-    machine's
-    lanes, memory and disk. Milliseconds, and no memory to speak of."""
+    machine's lanes, memory and disk. Milliseconds, and no memory to speak of."""
     picked = picked_layers(placement)
     shape = GPTConfig(
         n_layer=len(picked) - 2, n_head=2, d_model=64, d_head=32, d_ff=256, vocab_size=256, seq_len=SAMPLE
