@@ -4,6 +4,7 @@ CGPT_TEST_HUNTS is the number of seeds; races that are planted must be found by 
 """
 
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from cgpt.stream.devices import CpuDevice
 from cgpt.stream.devices_simulated import SimulatedDevice
 from cgpt.stream.forecast import Rates
 from cgpt.stream.gradients import Sums
+from cgpt.stream.host import DiskTier
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.store import Store
 
@@ -92,9 +94,16 @@ def buffers_reused_early(kind):
 
 
 def gradients_overwritten_on_their_way(patch):
-    """Two things: backward that stands behind its last gradients but one reuses no buffer early anyway."""
+    """Three things: with backward behind its last gradients but one no buffer is reused early, and the disk is fast."""
     buffers_reused_early("sending")(patch)
     patch.setattr(Sums, "after", lambda self: [])
+    writer = DiskTier.writer
+
+    def slow(self, offset, memory):  # random delays alone put a write behind two layers' backward once in thirty runs
+        write = writer(self, offset, memory)
+        return lambda: (time.sleep(0.01), write())
+
+    patch.setattr(DiskTier, "writer", slow)
 
 
 @pytest.mark.parametrize(

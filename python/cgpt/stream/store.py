@@ -22,11 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cgpt.errors import InputError
 from cgpt.stream.buffers import Buffer, Ring
 from cgpt.stream.devices import Device, Event, open_device
+from cgpt.stream.disk import DiskRecords
 from cgpt.stream.host import DiskTier, HostMemory
 from cgpt.stream.layout import LayerPlan, Layout, layers_plan
-from cgpt.stream.needs import SLOTS, STAGING, Needs, disk_bytes, needs
+from cgpt.stream.needs import SLOTS, Needs, needs
 from cgpt.stream.placement import Placement
 from cgpt.stream.record import DTYPES, Record, parameter_view, record_bytes, sections
 
@@ -92,7 +94,11 @@ class Store:
         self.lanes = device if isinstance(device, Device) else open_device(str(device), wanted.device)
         self.device = self.lanes.torch_device
         self.host = HostMemory(wanted.host, pinned=self.device.type == "cuda")
-        self.disk = DiskTier(disk, wanted.disk) if wanted.disk else None
+        homes = [i for i, home in enumerate(self.placement.state) if home == "disk"]
+        if homes and disk is None:
+            raise InputError("disk: wanted a folder for layers whose home is the disk, got none")
+        kind = self.plans, homes, self.lanes, self.host, precision, training
+        self.disk_records = DiskRecords(disk, wanted, *kind) if homes else None
         self.owner = {name: i for i, plan in enumerate(self.plans) for name in plan.owned.names}
         count = len(self.layers)
         self.versions = [0] * count
@@ -186,14 +192,20 @@ class Store:
             for name in self._slot_layouts[index].names:
                 self._hide(self.layers[index].parameters[name])
         self._held.clear()
-        for ring in (self._slots, self._fetching, self._staging, self._sending):
-            ring.reset()
+        self._slots.reset()
+        if self.disk_records is not None:
+            self.disk_records.reset()
 
     def close(self) -> None:
         """Ends the lanes and gives the disk's space back; the store cannot be used any more."""
         self.lanes.close()
         if self.disk is not None:
             self.disk.close()
+
+    @property
+    def disk(self) -> DiskTier | None:
+        """The file behind the host, where there is one."""
+        return self.disk_records and self.disk_records.tier
 
     def settle(self) -> None:
         """Waits for every copy and update that is on its way."""
@@ -218,16 +230,9 @@ class Store:
 
     @contextlib.contextmanager
     def peek(self, index: int) -> Iterator[Record]:
-        """Layer `index`'s record for reading on another thread, a snapshot's, which sees to it that nothing changes
+        """Layer `index`'s record for reading on another thread, one at a time, which sees to it that nothing changes
         it meanwhile: from the disk into memory for this alone."""
-        if self.records[index] is not None:
-            yield self.records[index]
-            return
-        layout = self.plans[index].owned
-        nbytes = record_bytes(layout.size, self.precision, self.training)
-        memory = self._saving[: disk_bytes(nbytes)]
-        self.disk.reader(self._disk_at[index], memory)()
-        yield Record(layout, self.precision, self.training, memory[:nbytes])
+        yield self.disk_records.peek(index) if self.records[index] is None else self.records[index]
 
     @property
     def owned(self) -> list[tuple[str, ...]]:
@@ -275,27 +280,17 @@ class Store:
     # Where things are ----------------------------------------------------------------------------------------------
 
     def _allocate(self, wanted: Needs) -> None:
-        """Takes the arenas apart; buffers of the disk first, whose addresses must be multiples of its blocks."""
+        """Takes the arenas apart."""
         place, width, indices = self.placement, self.dtype.itemsize, range(len(self.layers))
-        ring = [Buffer(f"staging {i}", self.host.allocate(wanted.staging)) for i in range(STAGING)]
-        self._staging = Ring(ring if wanted.staging else [])
-        ring = [Buffer(f"fetching {i}", self.host.allocate(wanted.fetching)) for i in range(SLOTS)]
-        self._fetching = Ring(ring if wanted.fetching else [])
-        ring = [Buffer(f"sending {i}", self.host.allocate(wanted.sending)) for i in range(SLOTS)]
-        self._sending = Ring(ring if wanted.sending else [])
-        self._saving = self.host.allocate(wanted.saving)  # a record that `peek` reads from the disk
         self.aside = self.host.allocate(wanted.aside)  # a Snapshot's
         self.records: list[Record | None] = [None] * len(indices)  # in memory; None: on the disk
         self.kept: list[Tensor | None] = [None] * len(indices)  # working weights on the device for good
         self.near: list[Tensor | None] = [None] * len(indices)  # working weights on the host, before a disk
         self.gradients: list[Tensor | None] = [None] * len(indices)  # on the host, before AdamW there
-        self._disk_at: dict[int, int] = {}
-        at = 0
         for i, plan in enumerate(self.plans):
             size, home, weights = plan.owned.size, place.state[i], place.weights[i]
             nbytes = record_bytes(size, self.precision, self.training)
             if home == "disk":
-                self._disk_at[i], at = at, at + disk_bytes(nbytes) + (disk_bytes(size * width) if wanted.sending else 0)
                 if weights != "disk":
                     self.near[i] = self.host.allocate(size * width).view(self.dtype)
             else:
@@ -384,9 +379,10 @@ class Store:
             pieces = [piece for piece in self._pieces[index] if piece.owner == owner]
             fetched = None
             if self.placement.weights[owner] == "disk":
-                fetched = self._fetch(owner)
-                source = fetched.memory.view(self.dtype)
-                ready = [fetched.use(owner, self.versions[owner])]
+                version, before = self.versions[owner], _there(self._updated[owner])
+                fetched, event = self.disk_records.fetch(owner, version, before)
+                source, ready = fetched.memory.view(self.dtype), [event]
+                self._read[owner]["read"] = event
             else:
                 source, ready = self._host_weights(owner), _there(self._working[owner])
 
@@ -404,93 +400,26 @@ class Store:
                 fetched.drain(event)
         return event
 
-    def _fetch(self, owner: int) -> Buffer:
-        """Submits reading the working weights from the disk, where they lie first in the record."""
-        buffer, nbytes = self._fetching.take(), disk_bytes(self.plans[owner].owned.size * self.dtype.itemsize)
-
-        def start(after: list[Event]) -> Event:
-            work = self.disk.reader(self._disk_at[owner], buffer.memory[:nbytes])
-            after = [*after, *_there(self._updated[owner])]
-            event = self.lanes.submit("read", f"{self.layers[owner].name} weights", work, after, nbytes)
-            self._read[owner]["read"] = event
-            return event
-
-        buffer.fill(owner, self.versions[owner], start)
-        return buffer
-
     # The disk ------------------------------------------------------------------------------------------------------
-
-    def _stage(self, index: int, with_gradients: Sequence[Event] | None = None) -> tuple[Buffer, Record, Event]:
-        """Submits reading a record from the disk; returns its buffer in use, the record in it, and its event.
-
-        with_gradients: reads those behind it too, behind these events.
-        """
-        buffer, name = self._staging.take(), self.layers[index].name
-        nbytes = record_bytes(self.plans[index].owned.size, self.precision, self.training)
-        memory = buffer.memory[: disk_bytes(nbytes)]
-        there = memory if with_gradients is None else buffer.memory[: disk_bytes(nbytes) + self._gradient_bytes(index)]
-
-        def start(after: list[Event]) -> Event:
-            work = self.disk.reader(self._disk_at[index], there)
-            after = [*after, *_there(self._updated[index]), *(with_gradients or ())]
-            return self.lanes.submit("read", f"{name} state", work, after, there.nbytes)
-
-        buffer.fill(index, self.versions[index], start)
-        record = Record(self.plans[index].owned, self.precision, self.training, memory[:nbytes])
-        return buffer, record, buffer.use(index, self.versions[index])
-
-    def _write_back(self, index: int, buffer: Buffer, after: list[Event]) -> Event:
-        memory = buffer.memory[: disk_bytes(record_bytes(self.plans[index].owned.size, self.precision, self.training))]
-        write = self.disk.writer(self._disk_at[index], memory)
-
-        def work() -> None:
-            write()
-            self.lanes.poison(memory)
-
-        event = self.lanes.submit("write", f"{self.layers[index].name} state", work, after, memory.nbytes)
-        buffer.drain(event)
-        return event
 
     def _update_on_disk(self, index: int, what: str, work: Update, after: list[Event], nbytes: int) -> None:
         beside = self.gradients[index] is None
-        buffer, record, ready = self._stage(index, after if beside else None)
-        start = disk_bytes(record.memory.nbytes)
-        there = buffer.memory[start : start + self.plans[index].owned.size * self.dtype.itemsize].view(self.dtype)
+        before = [*_there(self._updated[index]), *(after if beside else ())]
+        buffer, record, gradients, ready = self.disk_records.stage(index, self.versions[index], before, beside)
 
         def run() -> None:
-            work(record, there if beside else None)
+            work(record, gradients if beside else None)
             if self.near[index] is not None:
                 self.near[index].copy_(record.flat["working"])
 
         done = self.lanes.submit("optimizer", what, run, [*after, ready], nbytes)
         self._spent[index] = ready if beside else done
-        self._updated[index] = self._write_back(index, buffer, [done])
+        self._updated[index] = self.disk_records.write_back(index, buffer, [done])
         self._working[index] = self._updated[index] if self.near[index] is None else done
 
     def send_gradients(self, index: int, work: Callable[[Tensor], None], after: Sequence[Event]) -> Event:
-        """Has `work` fill a buffer with layer `index`'s gradients on the lane up, and writes it behind the layer's
-        record on the disk; returns the event of the write."""
-        name, nbytes = self.layers[index].name, self.plans[index].owned.size * self.dtype.itemsize
-        buffer = self._sending.take()
-        flat = buffer.memory[:nbytes].view(self.dtype)
-
-        def start(before: list[Event]) -> Event:
-            return self.lanes.submit("up", f"{name} gradients", lambda: work(flat), [*before, *after], nbytes)
-
-        buffer.fill(index, self.versions[index], start)
-        sent = buffer.use(index, self.versions[index])
-        memory = buffer.memory[: self._gradient_bytes(index)]
-        at = self._disk_at[index] + disk_bytes(
-            record_bytes(self.plans[index].owned.size, self.precision, self.training)
-        )
-        write = self.disk.writer(at, memory)
-        before = [sent, *_there(self._spent[index])]
-        event = self.lanes.submit("write", f"{name} gradients", write, before, memory.nbytes)
-        buffer.drain(event)
-        return event
-
-    def _gradient_bytes(self, index: int) -> int:
-        return disk_bytes(self.plans[index].owned.size * self.dtype.itemsize)
+        """DiskRecords.send_gradients, once the last gradients have been used."""
+        return self.disk_records.send_gradients(index, work, after, self.spent(index))
 
     def _at_home(self, index: int, writing: bool) -> contextlib.AbstractContextManager[Record]:
         in_memory = self.records[index]
@@ -498,7 +427,8 @@ class Store:
 
     @contextlib.contextmanager
     def _from_disk(self, index: int, writing: bool) -> Iterator[Record]:
-        buffer, record, ready = self._stage(index)
+        before = _there(self._updated[index])
+        buffer, record, _, ready = self.disk_records.stage(index, self.versions[index], before)
         ready.wait()
         try:
             yield record
@@ -510,7 +440,7 @@ class Store:
             return
         if self.near[index] is not None:
             self.near[index].copy_(record.flat["working"])
-        self._updated[index] = self._working[index] = self._write_back(index, buffer, [])
+        self._updated[index] = self._working[index] = self.disk_records.write_back(index, buffer, [])
 
 
 def _there(*events: Event | None) -> list[Event]:
