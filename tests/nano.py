@@ -110,6 +110,8 @@ def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | 
     placement = Placement(weights, state, tuple(home != "device" for home in weights), aside=aside)
     build = train.build
     train.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
+    check = train.check_machine
+    train.check_machine = lambda precision, device, where, _: check(precision, device, where, os.getcwd())
     place_run = train.place_run
 
     def placed(recipe: Recipe) -> Placed:
