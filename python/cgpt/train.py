@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from cgpt import checkpoint, console
 from cgpt.checkpoint import Saving
 from cgpt.data.loader import Loader, train_val_split, unigram_loss
@@ -221,6 +223,7 @@ def open_run(config: TrainConfig) -> Run:
         console.report(recipe, store.n_parameters, told, implementations, folder)
         if placed.streams:
             console.say(f"placed   {describe(placed)}")
+            console.say(f"threads  {torch.get_num_threads()} compute, {device.optimizer_threads} AdamW's on the host")
         if config.resume:
             console.say(f"resumed  at step {run.step} of {recipe.steps}, from {run.checkpoint or 'the start'}")
     except BaseException:

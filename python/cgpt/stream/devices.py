@@ -19,7 +19,6 @@ whoever reads too early or too late computes something else than in `serial` mod
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 from cgpt.errors import InputError
+from cgpt.stream.cores import usable_cores
 from cgpt.stream.timeline import Timeline
 from cgpt_ext import _native
 
@@ -165,7 +165,7 @@ class CpuDevice(Device):
     """
 
     def __init__(self, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
-        threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) // 2)
+        threads = optimizer_threads or max(1, usable_cores() // 2)
         self._start(torch.device("cpu"), arena_bytes, threads, options)
 
     def _start(self, torch_device: torch.device, arena_bytes: int, optimizer_threads: int, options: dict) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
 
 import torch
 
+from cgpt.stream.cores import usable_cores
 from cgpt.stream.devices import CpuDevice, Event
 
 
@@ -41,7 +41,7 @@ class CudaDevice(CpuDevice):
     """
 
     def __init__(self, index: int, arena_bytes: int, *, optimizer_threads: int | None = None, **options):
-        threads = optimizer_threads or max(1, len(os.sched_getaffinity(0)) - 2)  # but for this thread, and copies
+        threads = optimizer_threads or max(1, usable_cores() - 2)  # but for this thread, and copies
         self._start(torch.device("cuda", index), arena_bytes, threads, options)
         self._streams: dict[str, torch.cuda.Stream] = {}
         self._unnoted: deque[tuple[str, StreamEvent, StreamEvent, float]] = deque()
