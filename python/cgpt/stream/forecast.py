@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from cgpt.stream.account import widths
 from cgpt.stream.layout import LayerPlan
-from cgpt.stream.needs import SLOTS, STAGING, disk_bytes, streamed
+from cgpt.stream.needs import AHEAD, SLOTS, STAGING, disk_bytes, streamed
 from cgpt.stream.placement import Placement
 
 LANES = ("compute", "down", "up", "optimizer", "read", "write")
@@ -135,6 +135,7 @@ class _Walk:
         self.free = dict.fromkeys(LANES, 0.0)
         self.caller = 0.0  # the clock of whoever submits: it waits for what arithmetic needs, and for the norm
         self.begin: When = (0.0, "compute")
+        self.later: list[int] = []  # layers on the disk whose updates wait for the walk to come near
         n = len(plans)
         self.weights: list[When] = [self.begin] * n  # the record's weights are up to date
         self.written: list[When] = [self.begin] * n  # and all of the record, on the disk too
@@ -184,8 +185,11 @@ class _Walk:
             self.until.append((self.free["compute"], {kind: dict(row) for kind, row in self.counts.items()}))
         end = self.free["compute"]
         self.caller, self.begin = end, (end, "compute")
-        for index in range(len(self.plans)):
-            self.update(index)
+        for index, home in enumerate(self.place.state):
+            if home == "disk":
+                self.later.append(index)
+            else:
+                self.update(index)
         return end
 
     def run(self, lane: str, seconds: float, *after: When) -> When:
@@ -254,6 +258,8 @@ class _Walk:
         if place == len(order):
             return []
         index, after = order[place], []
+        while self.later and self.later[0] <= index + AHEAD:
+            self.update(self.later.pop(0))
         for owner in self.owners[index]:
             if self.place.weights[owner] == "device" and self.place.state[owner] != "device":
                 if self.fresh[owner] is None:

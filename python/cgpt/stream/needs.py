@@ -17,6 +17,7 @@ from cgpt.stream.placement import Placement
 
 SLOTS = 2  # layers whose weights are on the device at once: one computes, one comes
 STAGING = 3  # records of the disk on the host at once: one is read, one updated, one written
+AHEAD = STAGING  # layers of the disk whose updates are submitted before the walk comes to them
 BLOCK = 4096  # of a disk: offsets, lengths and addresses of direct access are multiples of it
 
 

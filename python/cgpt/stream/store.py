@@ -16,6 +16,7 @@ is not on the device its parameters read as NaN: nobody computes with weights th
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from cgpt.stream.devices import Device, Event, open_device
 from cgpt.stream.disk import DiskRecords
 from cgpt.stream.host import DiskTier, HostMemory
 from cgpt.stream.layout import LayerPlan, Layout, layers_plan
-from cgpt.stream.needs import SLOTS, Needs, needs
+from cgpt.stream.needs import AHEAD, SLOTS, Needs, needs
 from cgpt.stream.placement import Placement
 from cgpt.stream.record import DTYPES, Record, parameter_view, record_bytes, sections
 
@@ -109,6 +110,7 @@ class Store:
         self._fresh: list[Event | None] = [None] * count  # ends the last renewal of the kept copy
         self._read: list[dict[str, Event]] = [{} for _ in range(count)]  # the last to read the record, by lane
         self._held: dict[int, Buffer] = {}
+        self._later: deque[tuple[int, Callable[[], None]]] = deque()  # updates on the disk, to be submitted
         self.snapshot = None  # a Snapshot while one is being saved
         self._allocate(wanted)
         self._adopt_parameters()
@@ -117,6 +119,7 @@ class Store:
 
     def gather(self, index: int) -> None:
         """Starts bringing layer `index` to the device. Kept there: it is there, or is renewed."""
+        self._submit_updates(index + AHEAD)
         for owner in sorted({self.owner[name] for name in self.plans[index].reads.names}):
             if self.kept[owner] is not None and self._copied[owner] != self.versions[owner]:
                 self._renew(owner)
@@ -156,6 +159,8 @@ class Store:
         """Runs `work` on layer `index`'s record and the gradients that wait beside it on the disk, behind `after` and
         everything that still reads it: at once where the record is on the device, else on the optimizer's lane,
         between a disk's read and its write."""
+        if any(waiting == index for waiting, _ in self._later):
+            self._submit_updates()
         after = [*after, *self._read[index].values(), *_there(self._updated[index])]
         nbytes, snapshot, change = self._traffic[index], self.snapshot, work
 
@@ -173,15 +178,23 @@ class Store:
             event = self.lanes.submit("optimizer", what, lambda: work(self.records[index]), after, nbytes)
             self._updated[index] = self._working[index] = self._spent[index] = event
         else:
-            self._update_on_disk(index, what, work, after, nbytes)
+            self._later.append((index, lambda: self._update_on_disk(index, what, work, after, nbytes)))
         self.versions[index] += 1
+
+    def _submit_updates(self, until: int | None = None) -> None:
+        """Submits the updates of layers on the disk that have waited for the walk to come near, up to layer `until`:
+        were all reads of state queued at once, those of the next layers' weights would stand behind the last."""
+        while self._later and (until is None or self._later[0][0] <= until):
+            self._later.popleft()[1]()
 
     def spent(self, index: int) -> list[Event]:
         """The last update's use of layer `index`'s gradients, on its way or done."""
+        self._submit_updates(index)
         return _there(self._spent[index])
 
     def pending(self, index: int) -> list[Event]:
         """The last update of layer `index`'s record, on its way or done."""
+        self._submit_updates(index)
         return _there(self._updated[index])
 
     def abandon(self) -> None:
@@ -209,6 +222,7 @@ class Store:
 
     def settle(self) -> None:
         """Waits for every copy and update that is on its way."""
+        self._submit_updates()
         self.lanes.settle()
 
     # Parameters by name --------------------------------------------------------------------------------------------
@@ -217,6 +231,7 @@ class Store:
     def record(self, index: int, *, writing: bool = False) -> Iterator[Record]:
         """Layer `index`'s record once its updates are done, from the disk where it lives there; `writing` puts it
         back as a new version."""
+        self._submit_updates(index)
         for event in _there(self._updated[index], *(self._read[index].values() if writing else ())):
             event.wait()
         with self._at_home(index, writing) as record:
