@@ -61,13 +61,13 @@ def arithmetic_ahead_of_the_copy(patch):
 
 
 def gather_ahead_of_the_update(patch):
-    update = Store.update
+    submit = Store._submit_updates
 
-    def forgets(self, index, *given):
-        update(self, index, *given)
-        self._working[index] = None
+    def forgets(self, *until):
+        submit(self, *until)
+        self._working = [None] * len(self._working)
 
-    patch.setattr(Store, "update", forgets)
+    patch.setattr(Store, "_submit_updates", forgets)
 
 
 def update_ahead_of_its_gradients(patch):
