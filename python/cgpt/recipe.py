@@ -18,10 +18,11 @@ import tyro
 from cgpt.errors import InputError
 from cgpt.files import write_atomically
 from cgpt.model.config import GPTConfig
-from cgpt.model.presets import PRESETS
+from cgpt.model.presets import PRESETS, Preset
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
 from cgpt.stream.format import Format
 from cgpt.stream.limits import parse_bytes
+from cgpt.train_file import read_train_file
 
 CONFIG = "config.json"
 RUNS = Path("runs")
@@ -54,6 +55,8 @@ class TrainConfig:
 
     model: Text = None
     """A preset, as `cgpt info` lists them (default: tiny)."""
+    config: Annotated[Path | None, _flag("FILE")] = None
+    """A preset of your own with flags that go with it, as `cgpt plan --write` leaves them (default: --model)."""
     data: Text = None
     """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
     llm.c (default: moby-dick)."""
@@ -172,10 +175,7 @@ class Recipe:
 
 def resolve(config: TrainConfig) -> Recipe:
     """The recipe of a new run. Raises InputError, naming the flag, for values that make no run."""
-    name = config.model or "tiny"
-    if name not in PRESETS:
-        raise InputError(f"--model: wanted one of {', '.join(PRESETS)}, got {name}")
-    preset = PRESETS[name]
+    preset, config = _preset(config)
     _check(config)
     seq_len = config.seq_len or preset.config.seq_len
     schedule = _schedule(config) or preset.batch_schedule
@@ -183,7 +183,7 @@ def resolve(config: TrainConfig) -> Recipe:
     total = tokens_after(steps, schedule, seq_len)
     warmup = min(preset.warmup_tokens, total // WARMUP_PART)
     recipe = Recipe(
-        model=name,
+        model=preset.name,
         data=config.data or "moby-dick",
         shape=replace(preset.config, seq_len=max(seq_len, preset.config.seq_len)),
         steps=steps,
@@ -214,13 +214,32 @@ def resolve(config: TrainConfig) -> Recipe:
     return recipe
 
 
+def _preset(config: TrainConfig) -> tuple[Preset, TrainConfig]:
+    """The preset that is asked for, and `config` with its file's flags where none was given."""
+    if config.config is None:
+        name = config.model or "tiny"
+        if name not in PRESETS:
+            raise InputError(f"--model: wanted one of {', '.join(PRESETS)}, got {name}")
+        return PRESETS[name], config
+    if config.model is not None:
+        raise InputError("--config: wanted it or --model, got both")
+    preset, flags = read_train_file(config.config)
+    own = {"steps": preset.steps, "lr": preset.lr, "warmup_tokens": preset.warmup_tokens, "decay": preset.decay}
+    own |= {"min_lr_ratio": preset.min_lr_ratio, "weight_decay": preset.weight_decay, "clip": preset.grad_clip}
+    try:
+        _check(TrainConfig(**own, **flags))
+    except InputError as error:
+        raise InputError(f"{config.config}: {error}") from error
+    return preset, replace(config, **{name: _given(getattr(config, name), flags[name]) for name in flags})
+
+
 def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     """The saved recipe with what was asked to change. Raises InputError for what may not."""
     _check(config)
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or field.name in ("out", "resume", "timeline"):
+        if value is None or field.name in ("config", "out", "resume", "timeline"):
             continue
         value = _where(config).get(field.name, value)
         if field.name in ("batch_size", "batch_schedule"):
@@ -271,7 +290,8 @@ def resumed_folder(config: TrainConfig) -> Path:
         if not (config.out / CONFIG).is_file():
             raise InputError(f"{config.out}: wanted a run to resume ({CONFIG}), got none")
         return config.out
-    name = _run_name(config.model or "tiny", config.data or "moby-dick")
+    preset, config = _preset(config)
+    name = _run_name(preset.name, config.data or "moby-dick")
     taken = _numbers(name)
     if not taken:
         raise InputError(f"{RUNS / name}: wanted a run to resume, got none")

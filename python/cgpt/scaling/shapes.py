@@ -70,7 +70,7 @@ class Family:
     def nearest(self, params: float) -> tuple[int, int, int]:
         """(layers, heads, width) of about `params` parameters, with the width that tensor cores like.
 
-        Raises InputError, naming --params, where every shape is more than a quarter off: the tables alone are too large.
+        Raises InputError where all shapes are more than a quarter off: the tables alone are too large.
         """
         check("params", params)
 
@@ -84,7 +84,7 @@ class Family:
         if abs(math.log(self.params(layers, d) / params)) > math.log1p(FARTHEST):
             least = self.params(LEAST_LAYERS, 8)
             raise InputError(
-                f"--params: wanted at least {least:,} with a vocabulary of {self.vocab_size} and {self.seq_len} "
+                f"parameters: wanted at least {least:,} with a vocabulary of {self.vocab_size} and {self.seq_len} "
                 f"positions, got {params:.4g}; --vocab-size and --seq-len make models smaller"
             )
         return layers, d // _head(d), d

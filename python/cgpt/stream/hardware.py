@@ -58,7 +58,7 @@ DEVICES = {
         "two CPU cores", 0.38e12, 0.5, 8e9, 10e9, "copy", 10e9,
         "peak: two AVX-512 units a core at 3 GHz in fp32; memory: a budget, not a device; bandwidth: AdamW measured at "
         "8 to 10 GB/s on such a machine",
-        15, 0.1, "watts: assumed, two of 96 cores of a 400 W processor and their memory; rent: assumed, as for two virtual cores",
+        15, 0.1, "watts: assumed, two of 96 cores of a 400 W processor and memory; rent: assumed, of two cores",
     ),
 }  # fmt: skip
 
