@@ -295,7 +295,7 @@ _KAPLAN = "Kaplan et al. 2020 (arXiv 2001.08361): WebText2"
 # fmt: off
 _ROWS = (
     ComputeLaw(name="cerebras", source=_DEY, scale=5.984e22, exponent=0.0737, constant=0.5066),
-    ComputeLaw(name="cerebras-mup", source=_MUP, scale=1.032e22, exponent=0.0801, constant=0.6484),
+    ComputeLaw(name="cerebras-mup", source=_MUP, scale=1.033e22, exponent=0.0801, constant=0.6483),
     ParametricLaw(name="chinchilla", source=_HOFFMANN, E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
     ParametricLaw(
         name="chinchilla-refit", source=_BESIROGLU, E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
