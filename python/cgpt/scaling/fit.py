@@ -85,6 +85,7 @@ class Fitted:
     def law(self) -> Law:
         """The law as the planner takes it. Raises InputError for envelope and isoflop, which give exponents alone."""
         found = {name: self.coefficients[name] for name in COEFFICIENTS[self.method]}
+        found |= {"residual": self.residual}
         source = f"{self.method} fit to {len(self.points)} points of {self.points.source}"
         if self.method == "power":
             return ComputeLaw(name="fitted", source=source, tokens_per_param=_ratio(self.points), **found)
@@ -241,7 +242,7 @@ def _check_enough(points: Points, method: str) -> None:
         sizes = len(set(points.flops))
         if sizes < 3:
             raise InputError(f"{points.source}: flops: wanted at least 3 different numbers, got {sizes}")
-        if np.polyfit(np.log(points.flops), points.loss, 1)[0] >= 0:
+        if np.polyfit(np.log(points.flops), points.loss, 1)[0] > -1e-9:
             raise InputError(f"{points.source}: loss: wanted one that falls as FLOPs grow, got one that does not")
         return
     for name in ("params", "tokens"):

@@ -17,7 +17,8 @@ import numpy as np
 from scipy.optimize import minimize
 
 DELTA = 1e-3
-STARTS = 24  # of the grid, polished
+STARTS = 24  # of the grid, polished; 300 found nothing better in 40 made-up sets of 8 to 100 runs
+RANKED = 500  # points at most that starts are ranked by
 BOUNDS = ((-40, 40), (-40, 40), (-40, 40), (1e-3, 5), (1e-3, 5))  # a and b of centred logarithms
 NAMES = ("E", "A", "B", "alpha", "beta")
 
@@ -61,6 +62,8 @@ def _objective(theta: np.ndarray, x: np.ndarray, y: np.ndarray, target: np.ndarr
 
 def _best_of_grid(x, y, target, centre) -> list[np.ndarray]:
     """The starts of Hoffmann's grid (appendix D.3) with the lowest objective; at most STARTS."""
+    every = slice(None, None, -(-len(x) // RANKED))
+    x, y, target = x[every], y[every], target[every]
     exponents = 0.0, 0.5, 1.0, 1.5, 2.0
     grid = np.array(list(product(range(0, 26, 5), range(0, 26, 5), (-1, -0.5, 0, 0.5, 1), exponents, exponents)), float)
     grid[:, 0] -= grid[:, 3] * centre[0]
