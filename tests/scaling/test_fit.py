@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 
 from cgpt.errors import InputError
 from cgpt.model.presets import PRESETS
@@ -91,9 +92,12 @@ def test_power_law_without_noise(scale, exponent, constant):
 def test_no_loss_below_zero_is_foretold():
     """Losses that bend down: the best constant would be under zero."""
     flops = np.geomspace(1e17, 1e22, 9)
-    found = fit_power(flops, 3.0 - 0.05 * np.log(flops / 1e17) ** 1.2)
-    assert found[2] == 0
-    assert found[1] > 0
+    loss = 3.0 - 0.05 * np.log(flops / 1e17) ** 1.2
+    scale, exponent, constant = fit_power(flops, loss)
+    assert constant == 0
+    best = least_squares(lambda x: np.exp(x[0] - x[1] * np.log(flops / 1e19)) - loss, (1.0, 0.05), xtol=1e-12)
+    assert exponent == pytest.approx(best.x[1], rel=1e-5)
+    assert (1e19 / scale) ** -exponent == pytest.approx(np.exp(best.x[0]), rel=1e-5)
 
 
 def test_parametric_lands_on_the_published_refit():
@@ -224,6 +228,15 @@ def test_intervals_narrow_with_the_root_of_the_number_of_points():
     assert (few[1] - few[0]) / (many[1] - many[0]) == pytest.approx(3, rel=0.4)
 
 
+def test_an_exponent_that_the_points_leave_open_is_named():
+    points = scattered(REFIT, 0, 40)
+    of_size_alone = Points(loss=2 + 400 * points.params**-0.34, params=points.params, tokens=points.tokens)
+    found = fit(of_size_alone, "parametric", bootstrap=0)
+    assert found.coefficients["alpha"] == pytest.approx(0.34, rel=1e-6)
+    assert found.notes[-1] == "beta means nothing: the points leave it open"
+    assert not any("means nothing" in note for note in fit(points, "parametric", bootstrap=0).notes)
+
+
 def test_the_order_of_points_does_not_matter():
     points = scattered(REFIT, 0, 60)
     turned = Points(loss=points.loss[::-1], params=points.params[::-1], tokens=points.tokens[::-1])
@@ -270,7 +283,11 @@ TWENTY = np.geomspace(1e8, 1e10, 8)
             "wanted params, tokens, loss, or two of params, tokens and f",
         ),
         (line(8, params=TWENTY, flops=np.geomspace(1e18, 2e18, 8)), "isoflop", "wanted budgets with gaps between them"),
-        (line(8, params=TWENTY, flops=[1e18] * 8), "isoflop", "wanted at least two budgets of FLOPs, .* got 0 of 1"),
+        (
+            line(8, params=TWENTY, flops=[1e18] * 8),
+            "isoflop",
+            "at least two budgets of FLOPs, .* got 1 and 0 such",
+        ),
         (line(8, params=TWENTY, flops=np.geomspace(1e18, 1e20, 8)), "envelope", "curves of at least four sizes, .* 8"),
         (line(2, params=[1e8, 1e8], flops=[1e18, 1e18]), "envelope", "wanted its FLOPs to differ, got some twice"),
         (line(3, flops=[1e18, 1e19, 1e20]), "guess", "--method: wanted one of power, .*, got guess"),

@@ -20,7 +20,7 @@ from scipy.optimize import minimize_scalar
 from cgpt.errors import InputError
 from cgpt.scaling.frontiers import Envelope, IsoFlop, Optima
 from cgpt.scaling.laws import RATIO_SLACK, ComputeLaw, Law, ParametricLaw
-from cgpt.scaling.parametric import NAMES, at_bound, fit_parametric
+from cgpt.scaling.parametric import NAMES, fit_parametric, left_open
 from cgpt.scaling.points import Points
 
 COEFFICIENTS = {  # method: what it finds, the first column of its table
@@ -169,7 +169,7 @@ def _fit_loss(points: Points, method: str, bootstrap: int, rng: np.random.Genera
         found = fit_parametric(*columns)
         again = lambda *drawn: fit_parametric(*drawn, start=found)  # noqa: E731
         model = found[0] + found[1] * points.params ** -found[3] + found[2] * points.tokens ** -found[4]
-        notes += [f"{name} lies at the end of what is searched: the points leave it open" for name in at_bound(found)]
+        notes += [f"{name} means nothing: the points leave it open" for name in left_open(found, *columns)]
     drawn = []
     if bootstrap and len(points) <= len(names):
         notes.append(f"no intervals: as many points as coefficients, {len(names)}")

@@ -38,10 +38,16 @@ def fit_parametric(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, sta
     return _outer(min(found, key=lambda one: one.fun).x, centre)
 
 
-def at_bound(coefficients: np.ndarray) -> list[str]:
-    """Names of the exponents that the points leave at the end of what is searched."""
-    exponents = zip(NAMES[3:], coefficients[3:], BOUNDS[3:], strict=True)
-    return [name for name, value, (low, high) in exponents if value < 1.01 * low or value > 0.99 * high]
+def left_open(coefficients: np.ndarray, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> list[str]:
+    """Names of the exponents that the points do not tell: at the end of what is searched, or of a term that moves no
+    loss by a tenth of DELTA."""
+    _, A, B, alpha, beta = coefficients
+    terms = {"alpha": (alpha, A * params**-alpha, BOUNDS[3]), "beta": (beta, B * tokens**-beta, BOUNDS[4])}
+    return [
+        name
+        for name, (value, term, (low, high)) in terms.items()
+        if not 1.01 * low < value < 0.99 * high or np.ptp(term) < DELTA / 10 * loss.min()
+    ]
 
 
 def _objective(theta: np.ndarray, x: np.ndarray, y: np.ndarray, target: np.ndarray):
