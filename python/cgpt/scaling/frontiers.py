@@ -75,8 +75,8 @@ class Envelope:
         self.params, self.loss, self.tokens = (np.array(column)[order] for column in (params, loss, tokens))
         if self._optima(np.arange(len(order)), winners=2) is None:
             raise InputError(
-                f"{self.source}: wanted curves of at least four sizes, two of which, between the smallest and the "
-                f"largest, are the best at some FLOPs, got {len(set(params))} sizes without"
+                f"{self.source}: wanted curves of at least four sizes, of which two between the smallest and the "
+                f"largest are each the best at some FLOPs, got curves of {len(set(params))} without"
             )
 
     def optima(self, rng: np.random.Generator | None = None) -> Optima | None:
@@ -147,7 +147,7 @@ class IsoFlop:
         if len(self.budgets) < 2:
             raise InputError(
                 f"{self.source}: wanted at least two budgets of FLOPs, each with a loss that is lowest between its "
-                f"smallest and largest size, got {len(self.budgets)} of {len(groups)}"
+                f"smallest and largest size, got {len(groups)} and {len(self.budgets)} such"
             )
 
     def optima(self, rng: np.random.Generator | None = None) -> Optima | None:

@@ -17,7 +17,8 @@ import numpy as np
 from scipy.optimize import minimize
 
 DELTA = 1e-3
-STARTS = 24  # of the grid, polished
+STARTS = 24  # of the grid, polished; 300 found nothing better in 40 made-up sets of 8 to 100 runs
+RANKED = 500  # points at most that starts are ranked by
 BOUNDS = ((-40, 40), (-40, 40), (-40, 40), (1e-3, 5), (1e-3, 5))  # a and b of centred logarithms
 NAMES = ("E", "A", "B", "alpha", "beta")
 
@@ -37,10 +38,16 @@ def fit_parametric(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, sta
     return _outer(min(found, key=lambda one: one.fun).x, centre)
 
 
-def at_bound(coefficients: np.ndarray) -> list[str]:
-    """Names of the exponents that the points leave at the end of what is searched."""
-    exponents = zip(NAMES[3:], coefficients[3:], BOUNDS[3:], strict=True)
-    return [name for name, value, (low, high) in exponents if value < 1.01 * low or value > 0.99 * high]
+def left_open(coefficients: np.ndarray, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> list[str]:
+    """Names of the exponents that the points do not tell: at the end of what is searched, or of a term that moves no
+    loss by a tenth of DELTA."""
+    _, A, B, alpha, beta = coefficients
+    terms = {"alpha": (alpha, A * params**-alpha, BOUNDS[3]), "beta": (beta, B * tokens**-beta, BOUNDS[4])}
+    return [
+        name
+        for name, (value, term, (low, high)) in terms.items()
+        if not 1.01 * low < value < 0.99 * high or np.ptp(term) < DELTA / 10 * loss.min()
+    ]
 
 
 def _objective(theta: np.ndarray, x: np.ndarray, y: np.ndarray, target: np.ndarray):
@@ -61,6 +68,8 @@ def _objective(theta: np.ndarray, x: np.ndarray, y: np.ndarray, target: np.ndarr
 
 def _best_of_grid(x, y, target, centre) -> list[np.ndarray]:
     """The starts of Hoffmann's grid (appendix D.3) with the lowest objective; at most STARTS."""
+    every = slice(None, None, -(-len(x) // RANKED))
+    x, y, target = x[every], y[every], target[every]
     exponents = 0.0, 0.5, 1.0, 1.5, 2.0
     grid = np.array(list(product(range(0, 26, 5), range(0, 26, 5), (-1, -0.5, 0, 0.5, 1), exponents, exponents)), float)
     grid[:, 0] -= grid[:, 3] * centre[0]
