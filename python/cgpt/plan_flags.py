@@ -18,10 +18,6 @@ OF_TARGETS = ("inference_tokens", "count", "law", "utilisation", "vocab_size", "
 Link = Annotated[
     Literal["gen5", "gen4", "copy"] | None, tyro.conf.arg(metavar="{gen5,gen4,copy}", help_behavior_hint="")
 ]
-Law = Annotated[
-    Literal["cerebras", "cerebras-mup", "chinchilla", "chinchilla-refit", "kaplan"] | None,
-    tyro.conf.arg(metavar="{cerebras,cerebras-mup,chinchilla,chinchilla-refit,kaplan}", help_behavior_hint=""),
-]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
 
@@ -50,8 +46,9 @@ class Plan:
     inference_tokens: Float = None
     """Tokens that the model will read and write in its life: with --loss alone the plan is the cheapest over training
     and inference, else that is shown beside it."""
-    law: Law = None
-    """What losses and the best use come from (default: cerebras; chinchilla-refit away from 20 tokens a parameter)."""
+    law: Text = None
+    """What losses and the best use come from: cerebras, cerebras-mup, chinchilla, chinchilla-refit, kaplan, or your own,
+    FILE.json of `cgpt fit --json` (default: cerebras; chinchilla-refit away from 20 tokens a parameter)."""
     count: Int = None
     """Devices side by side, each with a share of the batch; nothing is lost between them (default: 1)."""
     utilisation: Float = None

@@ -21,8 +21,9 @@ from cgpt.scaling.budget import Budget, Cost, cost, parse_budget
 from cgpt.scaling.flops import flops_per_token
 from cgpt.scaling.hyperparameters import Hyperparameters, hyperparameters
 from cgpt.scaling.inference import Comparison
+from cgpt.scaling.law_files import read_law
 from cgpt.scaling.laws import LAWS, Law, law_named
-from cgpt.scaling.planner import Point, Wanted, beside, choose, over_life, settle
+from cgpt.scaling.planner import ANY_RATIO, Point, Wanted, beside, choose, over_life, settle
 from cgpt.scaling.shapes import Family
 from cgpt.stream.format import Format
 from cgpt.stream.hardware import DEVICES, Hardware
@@ -45,6 +46,7 @@ class Proposal:
 
     wanted: Wanted
     budget: Budget | None
+    law: Law
     point: Point
     shape: GPTConfig
     flops_per_token: int
@@ -58,6 +60,15 @@ class Proposal:
     refusal: str | None
     options: dict[str, Point]
     life: tuple[Law, Comparison] | None
+
+    @property
+    def family(self) -> Family:
+        return Family(self.shape.vocab_size, self.shape.seq_len)
+
+    @property
+    def laws(self) -> dict[str, Law]:
+        """The plan's, and the one of any ratio beside it."""
+        return {law.name: law for law in (self.law, LAWS[ANY_RATIO])}
 
     @property
     def name(self) -> str:
@@ -113,12 +124,12 @@ def propose(asked: Plan) -> Proposal:
     flops, assumed = asked.flops, None
     if budget is not None:
         on = DEVICES[budget.device or device]
-        assumed = asked.utilisation or on.sustained
+        assumed = asked.utilisation or _sustained(asked, on)
         flops = budget.flops(on, assumed)
     wanted = Wanted(flops, asked.params, asked.tokens, asked.loss, asked.inference_tokens)
-    law = law_named(asked.law) if asked.law else None
+    law = _law(asked.law)
     point = choose(wanted, law, family)
-    law = LAWS[point.law.name]
+    law = law or LAWS[point.law.name]
 
     shape = _shape(family, point.params)
     each = flops_per_token(shape).total
@@ -139,12 +150,13 @@ def propose(asked: Plan) -> Proposal:
         speed = found.forecast.tokens / found.forecast.seconds
         utilisation, reason = speed * each / DEVICES[device].peak, "forecast for this shape on one device"
     else:
-        utilisation, reason = DEVICES[device].sustained, "assumed: the device's sustained share"
+        utilisation, reason = _sustained(asked, DEVICES[device]), "assumed: the device's sustained share"
     point = replace(settled, tokens=training.tokens)
     spent = float(training.tokens * each)
     return Proposal(
         wanted=wanted,
         budget=budget,
+        law=law,
         point=point,
         shape=shape,
         flops_per_token=each,
@@ -159,6 +171,18 @@ def propose(asked: Plan) -> Proposal:
         options=beside(spent, law, family),
         life=over_life(point, asked.inference_tokens, law, family) if asked.inference_tokens else None,
     )
+
+
+def _law(name: str | None) -> Law | None:
+    if name is None:
+        return None
+    return read_law(Path(name)) if name.endswith(".json") else law_named(name)
+
+
+def _sustained(asked: Plan, hardware: Hardware) -> float:
+    """Share of the bf16 peak that products reach; those of tf32 go at half the rate."""
+    share = hardware.sustained if asked.sustained is None else asked.sustained
+    return share / 2 if asked.precision == "fp32" else share
 
 
 def mup_settings(shape: GPTConfig) -> dict[str, float]:
@@ -193,8 +217,10 @@ def _check(asked: Plan) -> None:
         value = getattr(asked, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: wanted a number above 0, got {value}")
-    if asked.utilisation is not None and not 0 < asked.utilisation <= 1:
-        raise InputError(f"--utilisation: wanted a share of the peak up to 1, got {asked.utilisation:g}")
+    for name in ("utilisation", "sustained"):
+        value = getattr(asked, name)
+        if value is not None and not 0 < value <= 1:
+            raise InputError(f"--{name}: wanted a share of the peak up to 1, got {value:g}")
     if asked.write is not None and asked.write.suffix != ".json":
         raise InputError(f"--write: wanted a file ending in .json, got {asked.write}")
     if asked.write is not None and not asked.write.parent.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,19 @@ from cgpt.proposal import Proposal, mup_settings
 from cgpt.scaling.budget import HOUR
 from cgpt.scaling.flops import PF_DAY
 from cgpt.scaling.laws import LAWS
-from cgpt.scaling.planner import ANY_RATIO, Point, interval, of_family
+from cgpt.scaling.planner import Point, interval, of_family
 from cgpt.scaling.published import PUBLISHED
-from cgpt.scaling.shapes import Family
 from cgpt.stream.limits import bytes_text
 from cgpt.stream.placement import TIERS
 
 DAY, YEAR = 24 * HOUR, 365.25 * 24 * HOUR
 OFF = 0.03  # of what was wanted, from which on it is said
+FITTED = {  # FLOPs of the runs behind a law
+    "cerebras": (2.6e18, 2.3e22),
+    "cerebras-mup": (2.6e18, 1.1e21),
+    "chinchilla": (6e18, 3e21),
+    "chinchilla-refit": (6e18, 3e21),
+}
 DRAWN = ("cerebras", "chinchilla", "chinchilla-refit", "kaplan")
 DATA = {"cerebras": "the Pile", "chinchilla": "MassiveText", "chinchilla-refit": "MassiveText", "kaplan": "WebText2"}
 
@@ -84,9 +90,12 @@ def notes(found: Proposal) -> list[str]:
         said.append(
             f"the nearest shape has {params:,} parameters, {100 * (params / wanted - 1):+.0f} % of what was asked"
         )
-    least, most = PUBLISHED[0].flops, PUBLISHED[-1].flops
-    if found.point.law.name == "cerebras" and not least / 2 < found.flops < 2 * most:
-        said.append(f"cerebras was fitted from {least:.2g} to {most:.2g} FLOPs: this is an extrapolation")
+    least, most = FITTED.get(found.law.name, (0.0, math.inf))
+    if not least / 2 < found.flops < 2 * most:
+        said.append(f"{found.law.name} was fitted from {least:.2g} to {most:.2g} FLOPs: this is an extrapolation")
+    if found.point.loss > math.log(found.shape.vocab_size):
+        guess = math.log(found.shape.vocab_size)
+        said.append(f"guessing among the vocabulary costs {guess:.2f} nats a token: the law does not reach down here")
     if found.count > 1:
         said.append(f"{found.count} devices are taken to be {found.count} times one: nothing is lost between them")
     forecast = found.forecast_utilisation
@@ -103,7 +112,7 @@ def show(found: Proposal) -> str:
     shape, time = found.shape, row["time"]
     low, high = row["loss_interval"]
     batches = ", then ".join(
-        f"{batch} sequences" + (f" from {_many(start)} tokens on" if start else "")
+        f"{batch} sequence{'s' * (batch > 1)}" + (f" from {_many(start)} tokens on" if start else "")
         for start, batch in row["batch_schedule"]
     )
     one = f"{found.hardware.name}" if found.count == 1 else f"{found.count} x {found.hardware.name}"
@@ -111,7 +120,7 @@ def show(found: Proposal) -> str:
     params, law = row["params"], row["law"]
     lines = {
         "model": f"{_many(params)} parameters ({params:,}): {shape.n_layer} layers, width {shape.d_model}, "
-        f"{shape.n_head} heads of {shape.d_head}, vocabulary {shape.vocab_size}",
+        f"{shape.n_head} head{'s' * (shape.n_head > 1)} of {shape.d_head}, vocabulary {shape.vocab_size}",
         "tokens": f"{_many(row['tokens'])}, {row['tokens_per_param']:.3g} a parameter, in sequences of {shape.seq_len}",
         "loss": f"{row['loss']:.3f} nats a token, {low:.3f} to {high:.3f} ({law['name']}: {law['interval']})",
         "compute": f"{row['flops']:.3g} FLOPs, {row['pf_days']:.3g} PF-days; {row['flops_per_token']:.3g} a token by "
@@ -147,14 +156,13 @@ def plot(found: Proposal, path: Path) -> Path:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    family = Family(found.shape.vocab_size, found.shape.seq_len)
     ends = [PUBLISHED[0].flops, PUBLISHED[-1].flops, found.flops]
     budgets = np.geomspace(min(ends) / 5, max(ends) * 10, 60)
-    for name in DRAWN:
-        law = of_family(LAWS[name], family)
-        losses = [law.loss_at_compute(flops) for flops in budgets]
-        chosen = name == found.point.law.name
-        axes.plot(budgets, losses, linewidth=2.0 if chosen else 1.1, label=f"{name}, of {DATA[name]}")
+    for name, law in {**{name: LAWS[name] for name in DRAWN}, found.law.name: found.law}.items():
+        counted = of_family(law, found.family)
+        losses = [counted.loss_at_compute(flops) for flops in budgets]
+        told = f"{name}, of {DATA[name]}" if name in DATA else name
+        axes.plot(budgets, losses, linewidth=2.0 if law is found.law else 1.1, label=told)
     xs, ys = [row.flops for row in PUBLISHED], [row.loss for row in PUBLISHED]
     axes.scatter(xs, ys, s=22, color="0.25", zorder=3, label="published, 20 tokens a parameter")
     for row in PUBLISHED:
@@ -210,19 +218,20 @@ def _memory(found: Proposal) -> str:
 
 
 def _option(found: Proposal, point: Point) -> dict:
-    family = Family(found.shape.vocab_size, found.shape.seq_len)
-    names = dict.fromkeys((found.point.law.name, ANY_RATIO))
+    losses = {name: point.loss_by(of_family(law, found.family)) for name, law in found.laws.items()}
+    if point is found.point:  # whose FLOPs per token are its shape's own
+        losses[found.law.name] = float(point.loss)
     return {
         "params": point.params,
         "tokens": point.tokens,
         "tokens_per_param": point.tokens / point.params,
         "flops": point.flops,
-        "loss": {name: point.loss_by(of_family(LAWS[name], family)) for name in names},
+        "loss": losses,
     }
 
 
 def _table(found: Proposal, row: dict) -> list[str]:
-    laws = list(dict.fromkeys((found.point.law.name, ANY_RATIO)))
+    laws = list(found.laws)
     plan = {"name": "this plan", **_option(found, found.point)}
     rows = [plan, *row["options"]]
     if found.life is not None:

@@ -22,6 +22,7 @@ from scipy.special import stdtrit
 
 from cgpt.errors import InputError
 from cgpt.scaling.inference import USUAL_RATIO, Comparison, cheapest, compare
+from cgpt.scaling.law_files import FittedLaw
 from cgpt.scaling.laws import LAWS, ComputeLaw, KaplanLaw, Law, check
 from cgpt.scaling.published import PUBLISHED
 from cgpt.scaling.shapes import Family
@@ -172,15 +173,18 @@ def interval(point: Point) -> tuple[float, float, str]:
 
     cerebras, cerebras-mup: 95 % prediction interval of the least-squares fit to the published losses, which widens
     beyond them. chinchilla and its refit: both fits, and E's published 95 % interval; the terms' errors were published
-    without their correlations. kaplan: from one of his trends to the other. A law that was fitted elsewhere has none:
-    InputError.
+    without their correlations. kaplan: from one of his trends to the other. A law of a file: its own. Raises InputError
+    for any other.
     """
-    law, loss = point.law, point.loss
+    law, loss = point.law, float(point.loss)
+    if isinstance(law, FittedLaw):
+        half = loss * law.half_width(point.flops)
+        return loss - half, loss + half, "95 % interval of its bootstraps, and twice its residual"
     if isinstance(law, ComputeLaw) and law.name in ("cerebras", "cerebras-mup"):
         half, count = _prediction_half(law, point.flops)
         return loss - half, loss + half, f"95 % prediction interval of the fit to {count} published losses"
     if law.name in ("chinchilla", "chinchilla-refit"):
-        refit = LAWS["chinchilla-refit"].loss(point.params, point.tokens)
+        refit = float(LAWS["chinchilla-refit"].loss(point.params, point.tokens))
         ends = (loss, refit - E_INTERVAL, refit + E_INTERVAL)
         return min(ends), max(ends), "both fits to Hoffmann's runs, and the refit's 95 % interval of E"
     if law.name == "kaplan":
@@ -209,7 +213,10 @@ def _choose(wanted: Wanted, law: Law) -> Point:
         flops = {"flops": lambda: value, "loss": lambda: law.compute_for(value)}.get(name, lambda: None)()
         if flops is None:
             index = ("params", "tokens").index(name)
-            flops = _rises_to(value, lambda flops: law.optimal(flops)[index], (0.0, WIDEST))
+            try:
+                flops = _rises_to(value, lambda flops: law.optimal(flops)[index], (0.0, WIDEST))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
         return Point(*law.optimal(flops), law)
     point = _of_two(given, law)
     found = {"params": point.params, "tokens": point.tokens, "flops": point.flops, "loss": point.loss}
@@ -232,7 +239,8 @@ def _of_two(given: dict[str, float], law: Law) -> Point:
             return Point(values[0], law.tokens_for(values[1], values[0]), law)
         case ["tokens", "flops"]:
             per_token = values[1] / values[0]
-            return Point(_rises_to(per_token, law.flops_per_token, (-WIDEST, WIDEST)), values[0], law)
+            params = _rises_to(per_token, law.flops_per_token, (-WIDEST, WIDEST))
+            return Point(params, values[0], law)
         case ["tokens", "loss"]:
             return Point(law.params_for(values[1], values[0]), values[0], law)
     return _smallest(values[0], values[1], law)

@@ -24,6 +24,7 @@ HEAD, WIDE_HEAD = 64, 128
 LEAST_LAYERS = 2
 PARAMS_SLACK, ASPECT_SLACK = 0.01, 0.10  # a hundredth of the parameters is worth a tenth of the aspect
 FARTHEST = 0.25  # off in parameters, and no shape is offered
+MOST = 1e14  # parameters; past a thousandfold of the published range nothing here is more than arithmetic
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,12 @@ class Family:
     def nearest(self, params: float) -> tuple[int, int, int]:
         """(layers, heads, width) of about `params` parameters, with the width that tensor cores like.
 
-        Raises InputError where all shapes are more than a quarter off: the tables alone are too large.
+        Raises InputError for more than MOST, and where all shapes are more than a quarter off: the tables alone are too
+        large.
         """
         check("params", params)
+        if params > MOST:
+            raise InputError(f"parameters: wanted at most {MOST:g}, got {params:.4g}")
 
         def cost(shape: tuple[int, int]) -> float:
             layers, d = shape
