@@ -47,8 +47,8 @@ class Plan:
     """Tokens that the model will read and write in its life: with --loss alone the plan is the cheapest over training
     and inference, else that is shown beside it."""
     law: Text = None
-    """What losses and the best use come from: cerebras, cerebras-mup, chinchilla, chinchilla-refit, kaplan, or your own,
-    FILE.json of `cgpt fit --json` (default: cerebras; chinchilla-refit away from 20 tokens a parameter)."""
+    """That tells losses and the best use: cerebras, cerebras-mup, chinchilla, chinchilla-refit, kaplan, or FILE.json of
+    `cgpt fit --json` (default: cerebras; chinchilla-refit away from 20 tokens a parameter)."""
     count: Int = None
     """Devices side by side, each with a share of the batch; nothing is lost between them (default: 1)."""
     utilisation: Float = None

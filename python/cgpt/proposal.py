@@ -16,7 +16,6 @@ from cgpt.model.config import GPTConfig
 from cgpt.model.presets import GPT2_VOCAB, Preset
 from cgpt.plan import Found, problem, solve
 from cgpt.plan_flags import Plan
-from cgpt.recipe import MICRO_BATCH_TOKENS
 from cgpt.scaling.budget import Budget, Cost, cost, parse_budget
 from cgpt.scaling.flops import flops_per_token
 from cgpt.scaling.hyperparameters import Hyperparameters, hyperparameters
@@ -276,8 +275,7 @@ def _flags(found: Proposal) -> dict:
     """Flags of `cgpt train` that go with it."""
     flags = {"device": "cpu" if found.device == "cpu" else "cuda", **asdict(found.format)}
     del flags["training"]
-    tokens = found.found.setting.micro_batch_tokens if found.found else MICRO_BATCH_TOKENS
-    flags["micro_batch_size"] = max(1, tokens // found.shape.seq_len)
     if found.streams:
         flags["placement"] = "auto"
+        flags["micro_batch_size"] = found.found.setting.micro_batch_tokens // found.shape.seq_len
     return flags

@@ -36,7 +36,7 @@ class FittedLaw(ParametricLaw):
 
 
 def read_law(path: Path) -> FittedLaw:
-    """Raises InputError, naming --law, for a file that is missing or holds no such fit, OSError for an unreadable one."""
+    """Raises InputError, naming --law, for a file that is missing or holds no such fit; OSError for others."""
     try:
         row = json.loads(path.read_bytes())
     except FileNotFoundError as error:
