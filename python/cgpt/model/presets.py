@@ -1,14 +1,16 @@
 """Model sizes and how each was trained: one row a size.
 
 The seven published rows are Cerebras-GPT (Dey et al. 2023, arXiv 2304.03208, tables 1 and 6) and its released
-configurations: 20 tokens per parameter on the Pile. `tiny` and `mini` are ours, with the same vocabulary,
-sized and tuned so that two CPU cores see the loss fall: tiny in minutes on a book, mini in hours on a few
-million tokens.
+configurations: 20 tokens per parameter on the Pile. Each has a muP form, `111M-mup` and so on: the same tokens, the
+numbers of cgpt.model.parametrization's table at the published base, linear decay. The paper trained five of those;
+6.7B and 13B follow the same rules. `tiny` and `mini` are ours, with the same vocabulary, sized and tuned so that two
+CPU cores see the loss fall: tiny in minutes on a book, mini in hours on a few million tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cgpt.model.config import GPTConfig
+from cgpt.model.parametrization import CEREBRAS, parametrize
 from cgpt.schedule import tokens_after
 
 GPT2_VOCAB = 50257
@@ -92,4 +94,13 @@ _ROWS = (
 )
 # fmt: on
 
-PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
+
+def _mup(row: Preset) -> Preset:
+    """The muP form of a published row."""
+    config = parametrize(row.config, "mup", CEREBRAS)
+    return replace(row, name=f"{row.name}-mup", config=config, lr=CEREBRAS.lr, decay="linear")
+
+
+_PUBLISHED = _ROWS[2:]
+
+PRESETS: dict[str, Preset] = {row.name: row for row in (*_ROWS, *map(_mup, _PUBLISHED))}
