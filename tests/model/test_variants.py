@@ -7,6 +7,7 @@ import pytest
 import torch
 from definition import error, gpt_logits, lively, loss_and_gradients, tokens
 
+from cgpt import checkpoint
 from cgpt.evaluate.generate import generate
 from cgpt.model.config import ACTIVATIONS, POSITIONS, GPTConfig
 from cgpt.model.gpt import GPT
@@ -119,15 +120,23 @@ def test_scales_of_one_are_not_in_the_graph():
     assert len(scaled) == len(plain) + 3
 
 
-def three_steps(config, placement, disk=None):
-    """Losses of three steps and a greedy continuation."""
-    torch.manual_seed(0)
-    model, store = build(config, "bf16", "cpu", placement=placement, disk=disk)
+def three_steps(config, placement, folder, cut=False):
+    """Losses of three steps, a greedy continuation and the masters; cut: the last step in another life."""
+    where = {"placement": placement, "disk": str(folder)}
+    model, store = build(config, "bf16", "cpu", **where)
     store.initialise(lambda name, tensor: init_parameter(name, tensor, config, 0))
     executor, optimizer = Executor(store), AdamW(store)
     losses = []
-    for seed in range(3):
-        found = executor.gradients([[tokens(config, 2, 16, seed)]], optimizer.loss_scale)
+    for step in range(3):
+        if cut and step == 2:
+            checkpoint.save(folder, store, step, {"optimizer": optimizer.state()})
+            store.lanes.close()
+            model, store = build(config, "bf16", "cpu", **where)
+            executor, optimizer = Executor(store), AdamW(store)
+            path, manifest, _ = checkpoint.newest(folder)
+            checkpoint.load(path, store, manifest)
+            optimizer.load_state(manifest["optimizer"])
+        found = executor.gradients([[tokens(config, 2, 16, step)]], optimizer.loss_scale)
         assert optimizer.step(found, 1e-2)
         losses.append(found.loss)
     text = list(generate(model, [1, 2, 3], 30, temperature=0, walk=executor))
@@ -140,17 +149,19 @@ def three_steps(config, placement, disk=None):
 @pytest.mark.parametrize(
     ("positions", "activation", "embedding_norm"), [row for row in COMBINATIONS if row[1] != "gelu_tanh"]
 )
-def test_trains_streams_and_generates(positions, activation, embedding_norm, tmp_path):
+def test_trains_streams_resumes_and_generates(positions, activation, embedding_norm, tmp_path):
     config = replace(SMALL, positions=positions, activation=activation, embedding_norm=embedding_norm)
     count = config.n_layer + 2
-    homes = {home: Placement(*(((value,) * count) for value in (home, home, True))) for home in ("host", "disk")}
-    want = three_steps(config, Placement.resident(count))
-    assert len(set(want[0])) == 3
-    assert len(want[1]) == 30  # ten past the model's 20 positions
-    for home, placement in homes.items():
-        losses, text, masters = three_steps(config, placement, str(tmp_path / home))
-        assert (losses, text) == want[:2]
-        assert all(torch.equal(masters[name], value) for name, value in want[2].items())
+    losses, text, masters = three_steps(config, Placement.resident(count), tmp_path)
+    assert len(set(losses)) == 3
+    assert len(text) == 30  # past the model's 20 positions
+    for home in ("host", "disk"):
+        streamed = Placement(*(((value,) * count) for value in (home, home, True)))
+        folder = tmp_path / home
+        folder.mkdir()
+        got = three_steps(config, streamed, folder, cut=True)
+        assert got[:2] == (losses, text)
+        assert all(torch.equal(got[2][name], value) for name, value in masters.items())
 
 
 @pytest.mark.parametrize(("positions", "activation"), [("rotary", "swiglu"), ("alibi", "gelu"), ("none", "gelu")])
