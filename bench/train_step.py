@@ -20,6 +20,7 @@ from cgpt.model.presets import PRESETS
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.stream.build import build
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from cgpt.stream.optimizer import AdamW
 from cgpt.train import keep_large_buffers
 from record import save
@@ -29,7 +30,7 @@ from twin import TwinTrainer
 class Ours:
     def __init__(self, config, precision):
         keep_large_buffers()
-        _, store = build(config, precision, "cpu")
+        _, store = build(config, Format(precision), "cpu")
         store.initialise(lambda name, tensor: init_parameter(name, tensor, config, seed=0))
         self.executor, self.optimizer = Executor(store), AdamW(store)
 

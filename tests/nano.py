@@ -111,12 +111,12 @@ def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | 
     build = train.build
     train.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
     check = train.check_machine
-    train.check_machine = lambda precision, device, where, _: check(precision, device, where, os.getcwd())
+    train.check_machine = lambda format, device, where, _: check(format, device, where, os.getcwd())
     place_run = train.place_run
 
     def placed(recipe: Recipe) -> Placed:
         found, tokens = place_run(recipe), recipe.micro_batch_size * recipe.seq_len
-        taken = account(gpt_plans(recipe.shape), placement, recipe.precision, tokens, recipe.shape.d_model)
+        taken = account(gpt_plans(recipe.shape), placement, recipe.format, tokens, recipe.shape.d_model)
         return replace(found, placement=placement, account=taken)
 
     train.place_run = placed

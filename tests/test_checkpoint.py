@@ -11,14 +11,15 @@ from cgpt import checkpoint
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.stream.build import build
+from cgpt.stream.format import Format
 from cgpt.stream.record import MOMENTS
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, d_head=8, d_ff=32, vocab_size=61, seq_len=8)
 
 
-def filled(precision="bf16", seed=0):
+def filled(format=Format(), seed=0):  # noqa: B008 (frozen)
     """A store whose masters and moments are random, ties of bf16 rounding and tiny values among them."""
-    _, store = build(SHAPE, precision, "cpu")
+    _, store = build(SHAPE, format, "cpu")
     generator = torch.Generator().manual_seed(seed)
     for name in store.names():
         value = torch.randn(store.shape(name), generator=generator)
@@ -49,12 +50,12 @@ def damage(path, how):
         path.unlink()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_a_round_trip_keeps_every_bit(tmp_path, precision):
-    store = filled(precision)
+@pytest.mark.parametrize("format", [Format("bf16"), Format("fp16"), Format("fp32"), Format("bf16", "bf16")])
+def test_a_round_trip_keeps_every_bit(tmp_path, format):
+    store = filled(format)
     checkpoint.save(tmp_path, store, 7, {"samples": 28})
     path, manifest, skipped = checkpoint.newest(tmp_path)
-    _, other = build(SHAPE, precision, "cpu")
+    _, other = build(SHAPE, format, "cpu")
     checkpoint.load(path, other, manifest)
     assert same(store, other)
     assert (path.name, manifest["step"], manifest["samples"], skipped) == ("step-00000007", 7, 28, [])
@@ -148,7 +149,7 @@ def test_a_save_that_fails_at_any_sync_leaves_the_one_before(tmp_path, monkeypat
         assert failed.errno == number
         assert str(tmp_path) in failed.filename
     if path.name == "step-00000001":
-        _, other = build(SHAPE, "bf16", "cpu")
+        _, other = build(SHAPE, Format(), "cpu")
         checkpoint.load(path, other, manifest)
         assert same(before, other)
     else:  # the folder was in place when the failure came
@@ -169,9 +170,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     wider = GPTConfig(n_layer=2, n_head=2, d_model=32, d_head=16, d_ff=64, vocab_size=61, seq_len=8)
     deeper = GPTConfig(n_layer=3, n_head=2, d_model=16, d_head=8, d_ff=32, vocab_size=61, seq_len=8)
     with pytest.raises(InputError, match=r"wte.weight: wanted float32 \(61, 32\), got torch.float32 \(61, 16\)"):
-        checkpoint.load(path, build(wider, "bf16", "cpu")[1], manifest)
+        checkpoint.load(path, build(wider, Format(), "cpu")[1], manifest)
     with pytest.raises(InputError, match=r"wanted a checkpoint with layer h\.2, got none"):
-        checkpoint.load(path, build(deeper, "bf16", "cpu")[1], manifest)
+        checkpoint.load(path, build(deeper, Format(), "cpu")[1], manifest)
 
 
 def test_a_signed_manifest_of_another_format_is_refused(tmp_path):

@@ -107,9 +107,12 @@ def train_until(config, step, monkeypatch):
     monkeypatch.setattr(train, "one_step", one_step)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_a_resumed_run_ends_with_the_same_bytes(here, monkeypatch, precision):
-    shared = {"steps": 9, "precision": precision, "batch_size": 3, "micro_batch_size": 2, "eval_every": 4}
+@pytest.mark.parametrize(
+    ("precision", "moments"), [("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")]
+)
+def test_a_resumed_run_ends_with_the_same_bytes(here, monkeypatch, precision, moments):
+    shared = {"steps": 9, "batch_size": 3, "micro_batch_size": 2, "eval_every": 4}
+    shared |= {"precision": precision, "moments": moments}
     train.train(nano(out=here / "whole", **shared))
     train_until(nano(out=here / "cut", **shared), 2, monkeypatch)  # before any checkpoint
     train_until(TrainConfig(resume=True, out=here / "cut"), 5, monkeypatch)

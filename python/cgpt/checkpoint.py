@@ -23,6 +23,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,7 +37,8 @@ from cgpt.files import read_signed_json, sha256_of, sync_folder, write_signed_js
 from cgpt.model.gpt import GPT
 from cgpt.recipe import Recipe, read_config
 from cgpt.stream.build import build
-from cgpt.stream.record import MOMENTS, Record
+from cgpt.stream.format import MOMENTS
+from cgpt.stream.record import Record
 from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store
 
@@ -154,7 +156,7 @@ def open_trained(run: Path, device: str = "cpu") -> tuple[Recipe, dict, GPT, Sto
     """A run's (recipe, identity of its data, model, store) for reading: weights of its newest whole checkpoint."""
     recipe, identity = read_config(run)
     path, manifest, _ = newest(run / CHECKPOINTS)
-    model, store = build(recipe.shape, recipe.precision, device, training=False)
+    model, store = build(recipe.shape, replace(recipe.format, training=False), device)
     load(path, store, manifest)
     return recipe, identity, model, store
 
@@ -197,7 +199,7 @@ def load(path: Path, store: Store, manifest: dict) -> None:
             with safe_open(file, framework="pt") as tensors, store.record(index, writing=True) as record:
                 for name in record.layout.names:
                     record.set_master(name, tensors.get_tensor(name))
-                    if store.training:
+                    if store.format.training:
                         for kind in MOMENTS:
                             record.view(kind, name).copy_(tensors.get_tensor(f"{kind}/{name}"))
         except SafetensorError as error:
@@ -216,7 +218,7 @@ def _tensors(record: Record) -> Iterator[tuple[str, Tensor]]:
     for name in record.layout.names:
         yield name, record.master(name)
         for kind in MOMENTS:
-            yield f"{kind}/{name}", record.view(kind, name).cpu()
+            yield f"{kind}/{name}", record.view(kind, name).to("cpu", torch.float32)
 
 
 def _write_tensors(path: Path, record: Record) -> dict:

@@ -134,6 +134,8 @@ class Plan:
     """Tokens that a layer's weights serve each time they come; activations grow with it (default: the fastest)."""
     precision: Annotated[Literal["bf16", "fp32", "fp16"], tyro.conf.arg(metavar="{bf16,fp32,fp16}")] = "bf16"
     """Of weights and activations."""
+    moments: Annotated[Literal["fp32", "bf16"], tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
+    """Of AdamW's: 12 or 8 bytes of state a parameter."""
     json: Switch = False
     """Print JSON."""
 
@@ -232,6 +234,7 @@ def _train(config: TrainConfig) -> int:
 def _plan(command: Plan) -> None:
     from cgpt.plan import problem, solve
     from cgpt.plan_report import show, to_dict
+    from cgpt.stream.format import Format
 
     found = solve(
         problem(
@@ -245,7 +248,7 @@ def _plan(command: Plan) -> None:
             host_bandwidth=command.host_bandwidth,
             tokens_per_step=command.tokens_per_step,
             tokens_per_visit=command.tokens_per_visit,
-            precision=command.precision,
+            format=Format(command.precision, command.moments),
         )
     )
     print(json.dumps(to_dict(found), indent=1) if command.json else show(found))

@@ -21,13 +21,13 @@ HEAD_BYTES = 128 << 20  # logits in flight
 
 def memory_estimate(recipe: Recipe, n_params: int) -> dict[str, int]:
     """Bytes of a resident run: state (exact), gradients, and activations of one micro-batch (estimated)."""
-    width = 4 if recipe.precision == "fp32" else 2
+    width = recipe.format.working
     shape = recipe.shape
     largest = max(batch for _, batch in recipe.batch_schedule)
     micro = min(recipe.micro_batch_size, largest)
     tied = shape.vocab_size * shape.d_model  # summed in fp32: the head's and the embedding's
     return {
-        "state": n_params * (14 if recipe.precision == "fp16" else 12),
+        "state": n_params * recipe.format.record,
         "gradients": n_params * (width if micro == largest else 4) + 4 * tied,
         "activations": micro * recipe.seq_len * shape.n_layer * ACTIVATIONS * shape.d_model * width + HEAD_BYTES,
     }

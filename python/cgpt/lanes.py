@@ -35,7 +35,7 @@ class LaneReport:
         self.last = step
         if self.rates is not None:
             rates = replace(self.rates, flops=max(1.0, flops_of(timeline, step)))
-            work = Work(self.store.precision, tokens, self.width)
+            work = Work(self.store.format, tokens, self.width)
             self.forecast = forecast(self.store.plans, self.store.placement, rates, work)
 
     def lines(self) -> list[str]:

@@ -57,7 +57,7 @@ def place_run(recipe: Recipe) -> Placed:
     refused: DoesNotFit | None = None
     for rows in (1, *sorted({-(-count // visits) for visits in range(1, count + 1)}, reverse=True)):
         setting = Setting(
-            recipe.precision,
+            recipe.format,
             min(recipe.micro_batch_size, largest) * recipe.seq_len,
             recipe.shape.d_model,
             rows,
@@ -80,7 +80,7 @@ def place_run(recipe: Recipe) -> Placed:
 def _account(plans: list[LayerPlan], placement: Placement, recipe: Recipe, beside: str) -> Account:
     largest = max(batch for _, batch in recipe.batch_schedule)
     tokens = min(recipe.micro_batch_size, largest) * recipe.seq_len
-    return account(plans, placement, recipe.precision, tokens, recipe.shape.d_model, beside)
+    return account(plans, placement, recipe.format, tokens, recipe.shape.d_model, beside)
 
 
 def _budgets(recipe: Recipe, plans: list[LayerPlan]) -> Budgets:
@@ -108,10 +108,9 @@ def _budgets(recipe: Recipe, plans: list[LayerPlan]) -> Budgets:
 
 def _least_arena(plans: list[LayerPlan], recipe: Recipe) -> int:
     """Bytes of a stand-in for a device that streaming needs."""
-    working = 4 if recipe.precision == "fp32" else 2
     tokens = recipe.micro_batch_size * recipe.seq_len
-    ring = 2 * max(1, 8192 // tokens) * boundary_bytes(recipe.precision, tokens, recipe.shape.d_model)
-    return SLOTS * working * max(plan.reads.size for plan in plans) + ring
+    ring = 2 * max(1, 8192 // tokens) * boundary_bytes(recipe.format, tokens, recipe.shape.d_model)
+    return SLOTS * recipe.format.working * max(plan.reads.size for plan in plans) + ring
 
 
 def own_memory() -> int:

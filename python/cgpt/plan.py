@@ -18,6 +18,7 @@ from cgpt.recipe import MICRO_BATCH_TOKENS
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.stream.account import Account, account
 from cgpt.stream.forecast import Forecast, Rates, Work, forecast, hides
+from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.hardware import DEVICES, DRIVE, LINKS, Hardware, Link
 from cgpt.stream.limits import Budgets, limits, parse_bytes
@@ -41,7 +42,7 @@ class Problem:
     rates: Rates
     tokens_per_step: int
     tokens_per_visit: int | None
-    precision: str
+    format: Format
 
     @property
     def shape(self) -> GPTConfig:
@@ -56,7 +57,7 @@ class Problem:
     def work(self) -> Work:
         shape = self.shape
         attention = 2 * shape.seq_len * shape.d_model  # causal: half of every score and of every weighted sum
-        return Work(self.precision, self.tokens_per_step, shape.d_model, attention, self.hardware.bandwidth)
+        return Work(self.format, self.tokens_per_step, shape.d_model, attention, self.hardware.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Found:
         """Tokens a visit from which on each lane hides behind the arithmetic."""
         problem = self.problem
         away = any(home != "device" for home in self.placement.state)
-        found = hides(problem.rates, problem.precision, self.streamed, self.setting.visits)
+        found = hides(problem.rates, problem.format, self.streamed, self.setting.visits)
         return {lane: tokens for lane, tokens in found.items() if tokens and away}
 
     @property
@@ -114,7 +115,7 @@ def problem(
     host_bandwidth: str | None = None,
     tokens_per_step: int | None = None,
     tokens_per_visit: int | None = None,
-    precision: str = "bf16",
+    format: Format | None = None,
 ) -> Problem:
     """From names and sizes as they are written, None for what is not given. Raises InputError, naming the flag."""
     _one_of("model", model, PRESETS)
@@ -136,13 +137,14 @@ def problem(
         parse_bytes(disk_space, "--disk-space") if disk_space else 0,
     )
     share = hardware.sustained if sustained is None else sustained
-    slower = 2 if precision == "fp32" else 1  # products of tf32 go at half the rate of bf16
+    format = format or Format()
+    slower = 2 if format.precision == "fp32" else 1  # products of tf32 go at half the rate of bf16
     wire = LINKS[link or hardware.link]
     memory = parse_bytes(host_bandwidth, "--host-bandwidth") if host_bandwidth else hardware.host
     if not memory:
         raise InputError(f"--host-bandwidth: wanted more than nothing, got {host_bandwidth}")
     rates = Rates(hardware.peak * share / slower, wire.rate, wire.rate, memory, DRIVE.read, DRIVE.write)
-    return Problem(model, hardware, wire, budgets, rates, step, tokens_per_visit, precision)
+    return Problem(model, hardware, wire, budgets, rates, step, tokens_per_visit, format)
 
 
 def solve(problem: Problem) -> Found:
@@ -179,7 +181,7 @@ def _settings(problem: Problem) -> Iterator[Setting]:
         else:
             rows = sorted({-(-count // round(GRID**power)) for power in range(math.ceil(math.log(count, GRID)) + 1)})
         for some in rows:
-            yield Setting(problem.precision, each * seq_len, width, some, -(-count // some), problem.beside)
+            yield Setting(problem.format, each * seq_len, width, some, -(-count // some), problem.beside)
 
 
 def _placed(problem: Problem, plans, setting: Setting) -> list[Found]:
@@ -208,7 +210,7 @@ def _placed(problem: Problem, plans, setting: Setting) -> list[Found]:
             problem,
             setting,
             placement,
-            account(plans, placement, setting.precision, setting.micro_batch_tokens, setting.width, setting.beside),
+            account(plans, placement, setting.format, setting.micro_batch_tokens, setting.width, setting.beside),
             forecast(plans, placement, problem.rates, problem.work),
         )
         for placement in found
@@ -261,7 +263,7 @@ def _most_sequences(problem: Problem, refused: int, visits: Callable[[int], int]
 
 def _fits(problem: Problem, sequences: int, visits: int) -> bool:
     shape = problem.shape
-    setting = Setting(problem.precision, shape.seq_len, shape.d_model, sequences, visits, problem.beside)
+    setting = Setting(problem.format, shape.seq_len, shape.d_model, sequences, visits, problem.beside)
     try:
         place(gpt_plans(shape), problem.budgets, setting)
     except DoesNotFit:

@@ -21,7 +21,8 @@ def to_dict(found: Found) -> dict:
         "model": problem.model,
         "parameters": problem.shape.n_params,
         "device": problem.hardware.name,
-        "precision": problem.precision,
+        "precision": problem.format.precision,
+        "moments": problem.format.moments,
         "tokens_per_step": problem.tokens_per_step,
         "visits": setting.visits,
         "tokens_per_visit": found.tokens_per_visit,
@@ -68,7 +69,8 @@ def show(found: Found) -> str:
     row = to_dict(found)
     problem, setting, walk = found.problem, found.setting, row["forecast"]
     lines = {
-        "model": f"{row['model']}, {row['parameters']:,} parameters in {row['precision']} on {row['device']}",
+        "model": f"{row['model']}, {row['parameters']:,} parameters in {row['precision']}, moments in "
+        f"{row['moments']}, on {row['device']}",
         "step": f"{walk['seconds']:.4g} s for {row['tokens_per_step']:,} tokens: {walk['tokens_per_second']:,.0f} "
         f"tokens/s, {walk['model_flops_per_second'] / 1e12:.4g} model TFLOP/s, {100 * walk['mfu']:.1f} % of the peak",
         "bound by": _binding(found),

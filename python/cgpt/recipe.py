@@ -20,6 +20,7 @@ from cgpt.files import write_atomically
 from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
+from cgpt.stream.format import Format
 from cgpt.stream.limits import parse_bytes
 
 CONFIG = "config.json"
@@ -79,7 +80,10 @@ class TrainConfig:
     clip: Float = None
     """Largest global gradient norm, 0 for none (default: 1)."""
     precision: Annotated[Literal["bf16", "fp32", "fp16"] | None, _flag("{bf16,fp32,fp16}")] = None
-    """Of weights and activations; masters, moments and losses are fp32 always (default: bf16)."""
+    """Of weights and activations; masters and losses are fp32 always (default: bf16)."""
+    moments: Annotated[Literal["fp32", "bf16"] | None, _flag("{fp32,bf16}")] = None
+    """Of AdamW's: 12 or 8 bytes of state a parameter. bf16 is rounded at random, so that small changes add up on
+    average (default: fp32)."""
     device: Annotated[Literal["cpu", "cuda"] | None, _flag("{cpu,cuda}")] = None
     """Where to train (default: cpu)."""
     placement: Annotated[Literal["resident", "auto"] | None, _flag("{resident,auto}")] = None
@@ -94,7 +98,7 @@ class TrainConfig:
     timeline: Switch = False
     """Leave timeline.json (for chrome://tracing) and timeline.png of the last steps: what each lane did when."""
     seed: Int = None
-    """Of initial weights and order of samples (default: 0)."""
+    """Of initial weights, order of samples and rounding of bf16 moments (default: 0)."""
     eval_every: Int = None
     """Steps between held-out losses (default: a tenth of the run)."""
     eval_tokens: Int = None
@@ -140,6 +144,12 @@ class Recipe:
     device_memory: int | None = None
     host_memory: int | None = None
     disk: str | None = None
+    moments: str = "fp32"
+
+    @property
+    def format(self) -> Format:
+        """How weights and optimizer state are kept."""
+        return Format(self.precision, self.moments)
 
     @property
     def tokens(self) -> int:
@@ -190,6 +200,7 @@ def resolve(config: TrainConfig) -> Recipe:
         weight_decay=_given(config.weight_decay, preset.weight_decay),
         clip=_given(config.clip, preset.grad_clip),
         precision=config.precision or "bf16",
+        moments=config.moments or "fp32",
         device=config.device or "cpu",
         seed=_given(config.seed, 0),
         eval_every=config.eval_every or max(1, steps // 10),
@@ -295,8 +306,13 @@ def _check(config: TrainConfig) -> None:
     for name in ("warmup_tokens", "weight_decay", "clip", "seed"):
         _bound(name, getattr(config, name), lambda value: 0 <= value < float("inf"), "a number of at least 0")
     _bound("min_lr_ratio", config.min_lr_ratio, lambda value: 0 <= value <= 1, "a share from 0 to 1")
-    choices = {"precision": ("bf16", "fp32", "fp16"), "device": DEVICES, "decay": ("linear", "cosine", "constant")}
-    choices["placement"] = ("resident", "auto")
+    choices = {
+        "precision": ("bf16", "fp32", "fp16"),
+        "moments": ("fp32", "bf16"),
+        "device": DEVICES,
+        "decay": ("linear", "cosine", "constant"),
+        "placement": ("resident", "auto"),
+    }
     for name, known in choices.items():
         _bound(name, getattr(config, name), lambda value, known=known: value in known, f"one of {', '.join(known)}")
     if config.placement == "resident" and config.disk is not None:

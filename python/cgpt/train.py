@@ -195,10 +195,10 @@ def open_run(config: TrainConfig) -> Run:
         raise InputError(f"{recipe.data}: wanted ids under {recipe.shape.vocab_size}, got {dataset.vocab_size}")
 
     if placed.streams:
-        check_machine(recipe.precision, recipe.device, placed.placement, recipe.disk)
+        check_machine(recipe.format, recipe.device, placed.placement, recipe.disk)
     timeline = Timeline() if config.timeline or placed.streams else None
     device = open_device(recipe.device, placed.account.needs.device, timeline=timeline)
-    model, store = build(recipe.shape, recipe.precision, device, placement=placed.placement, disk=recipe.disk)
+    model, store = build(recipe.shape, recipe.format, device, placement=placed.placement, disk=recipe.disk)
     optimizer = AdamW(
         store,
         beta1=recipe.beta1,
@@ -206,6 +206,7 @@ def open_run(config: TrainConfig) -> Run:
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
         clip=recipe.clip,
+        seed=recipe.seed,
     )
     loader = Loader(train_split, recipe.seq_len, recipe.seed)
     held_out = Loader(val_split, recipe.seq_len)

@@ -11,6 +11,7 @@ from cgpt.evaluate.loss import held_out_loss, windows_within
 from cgpt.model.init import init_parameter
 from cgpt.stream.build import build
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from nano import NANO, write_corpus
 
 
@@ -21,7 +22,7 @@ def loader(tmp_path):
 
 
 def test_it_is_the_mean_over_all_targets_whatever_the_batch_size(loader):
-    model, store = build(NANO.config, "fp32", "cpu", training=False)
+    model, store = build(NANO.config, Format("fp32", training=False), "cpu")
     store.initialise(lambda name, tensor: init_parameter(name, tensor, NANO.config, 0))
     found = [held_out_loss(Executor(store), loader, size) for size in (1, 4, 1000)]
     ids, targets = loader.batch(0, loader.n_windows)
@@ -43,6 +44,6 @@ def test_windows_within_a_number_of_tokens(loader):
 
 
 def test_a_bound_reads_the_first_windows_only(loader):
-    _, store = build(NANO.config, "bf16", "cpu", training=False)
+    _, store = build(NANO.config, Format(training=False), "cpu")
     store.initialise(lambda name, tensor: init_parameter(name, tensor, NANO.config, 0))
     assert held_out_loss(Executor(store), loader, 3, 5 * 16 + 3).tokens == 5 * 16

@@ -11,6 +11,7 @@ from cgpt.model.gpt import GPT
 from cgpt.model.presets import PRESETS
 from cgpt.stream.account import BACKWARD, HEAD_BYTES, KEPT, account, boundary_bytes
 from cgpt.stream.build import layers_of
+from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.layout import layers_plan
 from cgpt.stream.placement import Placement
@@ -29,7 +30,7 @@ def test_a_gpt_in_numbers_is_the_gpt(shape):
 
 
 def test_resident():
-    found = account(PLANS, Placement.resident(3), "bf16", 16, 8)
+    found = account(PLANS, Placement.resident(3), Format(), 16, 8)
     assert found.needs.device == 12 * (64 + 128 + 64)
     assert (found.host, found.disk) == (0, 0)
     between = 16 * 8 * 2
@@ -45,10 +46,12 @@ def test_resident():
     assert "slots" not in found.device_parts
 
 
-@pytest.mark.parametrize(("precision", "working", "record"), [("bf16", 2, 12), ("fp16", 2, 14), ("fp32", 4, 12)])
-def test_everything_on_the_host(precision, working, record):
+@pytest.mark.parametrize(("format", "working", "record"), [
+    (Format("bf16"), 2, 12), (Format("fp16"), 2, 14), (Format("fp32"), 4, 12), (Format("bf16", "bf16"), 2, 8),
+])  # fmt: skip
+def test_everything_on_the_host(format, working, record):
     placement = Placement(("host",) * 3, ("host",) * 3, (True,) * 3, micro_batches=2)
-    found = account(PLANS, placement, precision, 16, 8)
+    found = account(PLANS, placement, format, 16, 8)
     assert found.needs.device == 2 * 128 * working  # two slots for h.0, or for the head: ln_f's 64 and wte's 64
     assert found.host_parts == {"state": 256 * record, "gradients": 256 * working}
     between = 16 * 8 * working
@@ -60,12 +63,12 @@ def test_everything_on_the_host(precision, working, record):
 
 def test_several_visits_hold_partial_sums_of_all_that_a_layer_reads():
     placement = Placement(("host",) * 3, ("host",) * 3, (True,) * 3, visits=2)
-    assert account(PLANS, placement, "bf16", 16, 8).host_parts["gradients"] == 4 * (64 + 128 + 128)
+    assert account(PLANS, placement, Format(), 16, 8).host_parts["gradients"] == 4 * (64 + 128 + 128)
 
 
 def test_before_and_on_the_disk():
     placement = Placement(("device", "host", "disk"), ("disk",) * 3, (True,) * 3)
-    found = account(PLANS, placement, "bf16", 16, 8)
+    found = account(PLANS, placement, Format(), 16, 8)
     assert found.device_parts["weights"] == 64 * 2
     # of the head's reads only its own 64 elements are away: wte is kept; h.0's 128 are the largest slot
     assert found.device_parts["slots"] == 2 * 128 * 2
@@ -75,7 +78,7 @@ def test_before_and_on_the_disk():
     }
     assert found.disk == 4096 + 3 * 2 * 4096
     # partial sums of several visits wait on the host
-    found = account(PLANS, replace(placement, visits=2), "bf16", 16, 8)
+    found = account(PLANS, replace(placement, visits=2), Format(), 16, 8)
     assert found.host_parts == {
         "weights": (64 + 128) * 2,
         "gradients": 4 * (64 + 128 + 128),
@@ -85,21 +88,25 @@ def test_before_and_on_the_disk():
 
 
 def test_activations_on_the_host():
-    between = boundary_bytes("bf16", 5, 9)
+    between = boundary_bytes(Format(), 5, 9)
     assert between == 128
     placement = Placement(("host",) * 3, ("host",) * 3, (True,) * 3, "host", micro_batches=3, boundary=between)
-    found = account(PLANS, placement, "bf16", 5, 9)
+    found = account(PLANS, placement, Format(), 5, 9)
     assert found.device_parts["ring"] == 2 * 3 * 128
     assert found.host_parts["activations"] == 3 * 128  # of h.0 alone: ids stay, the head's turn is at once
     assert found.workspace["inputs"] == 0
-    assert account(PLANS, replace(placement, activations="device"), "bf16", 5, 9).workspace["inputs"] == 3 * 128
+    assert account(PLANS, replace(placement, activations="device"), Format(), 5, 9).workspace["inputs"] == 3 * 128
 
 
 def test_the_arithmetic_of_a_wide_layer_outweighs_the_logits():
-    found = account(PLANS, Placement.resident(3), "bf16", 1 << 16, 512)
+    found = account(PLANS, Placement.resident(3), Format(), 1 << 16, 512)
     assert found.workspace["working"] == (KEPT + BACKWARD) * (1 << 16) * 512 * 2 > HEAD_BYTES
 
 
-def test_unknown_precision():
-    with pytest.raises(InputError, match="precision: wanted one of bf16, fp16, fp32, got int4"):
-        account(PLANS, Placement.resident(3), "int4", 16, 8)
+@pytest.mark.parametrize(("format", "told"), [
+    ({"precision": "int4"}, "precision: wanted one of bf16, fp16, fp32, got int4"),
+    ({"moments": "fp16"}, "moments: wanted one of fp32, bf16, got fp16"),
+])  # fmt: skip
+def test_unknown_formats(format, told):
+    with pytest.raises(InputError, match=told):
+        Format(**format)

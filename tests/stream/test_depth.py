@@ -10,6 +10,7 @@ from cgpt.stream.account import boundary_bytes
 from cgpt.stream.build import build
 from cgpt.stream.devices import CpuDevice
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.needs import needs
 from cgpt.stream.optimizer import AdamW
@@ -24,17 +25,17 @@ def shape(depth):
 
 def streamed(depth):
     everywhere = ("host",) * (depth + 2)
-    boundary = boundary_bytes("bf16", TIME, 512)
+    boundary = boundary_bytes(Format(), TIME, 512)
     return Placement(everywhere, everywhere, (True,) * len(everywhere), "host", ROWS, boundary=boundary)
 
 
-ARENA = needs(gpt_plans(shape(4)), streamed(4), 2, 12).device  # of four layers
+ARENA = needs(gpt_plans(shape(4)), streamed(4), Format()).device  # of four layers
 
 
 @pytest.mark.parametrize("depth", [4, 8, 16, 32])
 def test_the_arena_of_four_layers_trains_any_depth(depth):
     config, lanes = shape(depth), CpuDevice(ARENA)
-    _, store = build(config, "bf16", lanes, placement=streamed(depth))
+    _, store = build(config, Format(), lanes, placement=streamed(depth))
     store.initialise(lambda name, tensor: init_parameter(name, tensor, config, 0))
     ids = torch.randint(96, (ROWS, 2, 1, TIME), generator=torch.Generator().manual_seed(0))
     executor, optimizer = Executor(store), AdamW(store)
@@ -50,4 +51,4 @@ def test_the_arena_of_four_layers_trains_any_depth(depth):
 
 def test_one_byte_less_is_refused_with_both_numbers():
     with pytest.raises(InputError, match=r"device memory: wanted [\d,]+ bytes more, got [\d,]+ of " + f"{ARENA - 1:,}"):
-        Executor(build(shape(4), "bf16", CpuDevice(ARENA - 1), placement=streamed(4))[1])
+        Executor(build(shape(4), Format(), CpuDevice(ARENA - 1), placement=streamed(4))[1])

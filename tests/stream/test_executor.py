@@ -9,6 +9,7 @@ from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
 from cgpt.stream.build import build
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from cgpt.stream.store import Layer, Store
 
 
@@ -16,7 +17,7 @@ def toy(precision="fp32", kind=Store):
     """(executor over the toy's layers, the same network whole in fp64)."""
     model = Plain()
     whole = copy.deepcopy(model).double()
-    store = kind(layers(model), precision)
+    store = kind(layers(model), Format(precision))
     for name, parameter in whole.named_parameters():
         store.write(name, parameter.detach().float())
     return Executor(store), whole
@@ -91,7 +92,7 @@ def test_sums_of_many_small_contributions_do_not_stand_still():
     model = Plain()
     stops = layers(model)
     stops[1] = Layer("h.0", lambda x: x + 0 * model.h[0](x) + 1e-3 * model.h[0][1].bias, stops[1].parameters)
-    executor = Executor(Store(stops, "bf16"))
+    executor = Executor(Store(stops, Format()))
     step = batches((1,) * 600)
     gradient = executor.gradients([[batch] for batch in step]).by_name["h.0.1.bias"]
     whole = executor.gradients([[tuple(torch.cat(part) for part in zip(*step, strict=True))]]).by_name["h.0.1.bias"]
@@ -147,7 +148,7 @@ def test_a_parameter_without_a_gradient_is_left_out():
     stops = layers(model)
     unused = torch.nn.Parameter(torch.ones(3))
     stops[1] = Layer("h.0", stops[1].module, {**stops[1].parameters, "h.0.unused": unused})
-    found = Executor(Store(stops, "fp32")).gradients([batches((2,))])
+    found = Executor(Store(stops, Format("fp32"))).gradients([batches((2,))])
     assert "h.0.unused" not in found.by_name
     assert torch.isfinite(torch.tensor(found.norm))
 
@@ -155,7 +156,7 @@ def test_a_parameter_without_a_gradient_is_left_out():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gpt_walked_equals_the_gpt_called_whole(precision):
     shape = GPTConfig(n_layer=2, n_head=2, d_model=16, d_head=8, d_ff=64, vocab_size=61, seq_len=8)
-    model, store = build(shape, precision, "cpu")
+    model, store = build(shape, Format(precision), "cpu")
     store.initialise(lambda name, tensor: init_parameter(name, tensor, shape, 0))
     ids, targets = torch.randint(61, (2, 3, 8))
     found = Executor(store).gradients([[(ids, targets)]])

@@ -6,6 +6,7 @@ import pytest
 
 from cgpt.stream import forecast as module
 from cgpt.stream.forecast import Forecast, Rates, Work, exposed_optimizer, forecast, hides
+from cgpt.stream.format import Format
 from cgpt.stream.layout import layers_plan
 from cgpt.stream.placement import Placement
 
@@ -26,11 +27,11 @@ HOST, RESIDENT = everywhere("host", "host"), everywhere("device", "device")
 
 
 def step(placement=HOST, tokens=4000.0, rates=RATES, width=1, **more):
-    return forecast(PLANS, placement, rates, Work("bf16", tokens, width, **more))
+    return forecast(PLANS, placement, rates, Work(Format(), tokens, width, **more))
 
 
 def exposed(placement, tokens, rates):
-    return exposed_optimizer(PLANS, placement, rates, Work("bf16", tokens, 1))
+    return exposed_optimizer(PLANS, placement, rates, Work(Format(), tokens, 1))
 
 
 def near(value):
@@ -66,9 +67,11 @@ def test_attention_counts_as_often_as_the_forward_runs():
     assert found.seconds - plain.seconds == near(4 * 1000 * L * 4000 / 1e12)
 
 
-@pytest.mark.parametrize(("precision", "working", "traffic"), [("bf16", 2, 26), ("fp16", 2, 30), ("fp32", 4, 28)])
-def test_widths_of_each_precision(precision, working, traffic):
-    found = forecast(PLANS, HOST, RATES, Work(precision, 4000, 1))
+@pytest.mark.parametrize(("format", "working", "traffic"), [
+    (Format("bf16"), 2, 26), (Format("fp16"), 2, 30), (Format("fp32"), 4, 28), (Format("bf16", "bf16"), 2, 18),
+])  # fmt: skip
+def test_widths_of_each_format(format, working, traffic):
+    found = forecast(PLANS, HOST, RATES, Work(format, 4000, 1))
     assert found.lanes["up"] == near(working * ALL / 1e9)
     assert found.lanes["optimizer"] == near(traffic * ALL / 1e12)
 

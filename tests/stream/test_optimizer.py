@@ -8,15 +8,18 @@ from toy import Plain, batches, layers
 from cgpt.errors import InputError
 from cgpt.stream import optimizer as room
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from cgpt.stream.gradients import Gradients
 from cgpt.stream.optimizer import FIRST_LOSS_SCALE, AdamW
+from cgpt.stream.record import Record
 from cgpt.stream.store import Store
+from cgpt_ext.ops.adamw import adamw_ref
 
 
-def toy(precision, **options):
+def toy(precision, moments="fp32", **options):
     model = Plain()
     whole = copy.deepcopy(model).double()
-    store = Store(layers(model), precision)
+    store = Store(layers(model), Format(precision, moments))
     for name, parameter in whole.named_parameters():
         store.write(name, parameter.detach().float())
     return store, AdamW(store, **options), whole
@@ -46,6 +49,43 @@ def test_steps_equal_torchs_adamw_and_clip_in_fp64(clip):
         error = (store.read(name).double() - parameter).norm() / parameter.norm()
         # a step of Adam is lr whatever the gradient's size, so a coordinate near zero may turn its rounding into one
         assert error <= 1e-5, name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_bf16_moments_are_rounded_as_the_reference_rounds_them(precision):
+    store, ours, _ = toy(precision, "bf16", seed=5)
+    for i in range(3):
+        found = Executor(store).gradients([batches((3,), seed=i)])
+        clip = torch.tensor(1.0 / found.norm if found.norm > 1.0 else 1.0)
+        wanted = []
+        for index, layer in enumerate(store.layers):
+            copy_of = Record(store.plans[index].owned, store.format, store.records[index].memory.clone())
+            wanted.append(copy_of.memory)
+            for group in copy_of.groups():
+                gradients = [found.by_name[name] for name in group.names]
+                lists = group.working, gradients, group.exp_avg, group.exp_avg_sq, i + 1
+                options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+                seed = (2 * index + group.decayed) << 32 | 5
+                adamw_ref(
+                    *lists, **options, weight_decay=0.1 * group.decayed, masters=group.masters, lows=group.lows,
+                    grad_scale=clip, stochastic_rounding_seed=seed,
+                )  # fmt: skip
+            assert copy_of.flat["exp_avg_sq"].dtype == torch.bfloat16, layer.name
+        ours.loss_scale = 1.0
+        assert ours.step(found, 1e-2)
+        for record, bytes_wanted in zip(store.records, wanted, strict=True):
+            assert torch.equal(record.memory, bytes_wanted)
+
+
+def test_another_seed_rounds_bf16_moments_otherwise():
+    memories = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(0)
+        store, ours, _ = toy("bf16", "bf16", seed=seed)
+        ours.step(Executor(store).gradients([batches((3,))]), 1e-2)
+        memories.append(torch.cat(state_bytes(store)))
+    assert torch.equal(memories[0], memories[1])
+    assert not torch.equal(memories[0], memories[2])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

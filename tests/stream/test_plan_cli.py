@@ -34,7 +34,7 @@ LARGE = "--model", "13B", "--device", "h100", "--host-memory", "128GiB"
 def test_the_schema(capsys):
     found = answer(capsys, *SMALL)
     assert set(found) == {
-        "model", "parameters", "device", "precision", "tokens_per_step", "visits", "tokens_per_visit",
+        "model", "parameters", "device", "precision", "moments", "tokens_per_step", "visits", "tokens_per_visit",
         "micro_batch_tokens", "layers", "activations", "memory", "forecast", "disk", "rates", "sources",
     }  # fmt: skip
     assert (found["model"], found["parameters"]) == ("111M", PRESETS["111M"].config.n_params)
@@ -65,6 +65,16 @@ def test_a_model_that_fits_is_resident_and_bound_by_arithmetic(capsys):
     assert found["forecast"]["binding"] == "compute"
     assert found["memory"]["host"]["bytes"] == 0
     assert found["forecast"]["mfu"] == pytest.approx(0.7, rel=0.03)  # the share sustained: AdamW takes the rest
+
+
+def test_bf16_moments_take_four_bytes_a_parameter_less_and_make_13b_faster(capsys):
+    wide, narrow = (answer(capsys, *LARGE, "--moments", moments) for moments in ("fp32", "bf16"))
+    assert [found["moments"] for found in (wide, narrow)] == ["fp32", "bf16"]
+    state = [
+        sum(found["memory"][tier]["parts"].get("state", 0) for tier in ("device", "host")) for found in (wide, narrow)
+    ]
+    assert state[0] / state[1] == pytest.approx(12 / 8)
+    assert narrow["forecast"]["seconds"] < wide["forecast"]["seconds"]
 
 
 def test_13b_on_one_h100_with_128_gib_reaches_400_teraflops(capsys):
@@ -159,7 +169,7 @@ def test_mistakes_are_one_line(capsys, argv, wanted):
 def test_for_people(capsys):
     assert cli.main(["plan", *map(str, SMALL)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "model     111M, 111,050,496 parameters in bf16 on NVIDIA GeForce RTX 4090"
+    assert lines[0] == "model     111M, 111,050,496 parameters in bf16, moments in fp32, on NVIDIA GeForce RTX 4090"
     assert re.match(
         r"step      [\d.]+ s for 16,384 tokens: [\d,]+ tokens/s, [\d.]+ model TFLOP/s, 68\.\d % of", lines[1]
     )

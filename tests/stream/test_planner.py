@@ -7,6 +7,7 @@ import pytest
 
 from cgpt.model.config import GPTConfig
 from cgpt.stream.account import account
+from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.limits import Budgets
 from cgpt.stream.planner import DoesNotFit, Setting, place
@@ -15,15 +16,15 @@ PLANS = gpt_plans(GPTConfig(n_layer=8, n_head=2, d_model=64, d_head=32, d_ff=256
 N = len(PLANS)
 PLENTY = 1 << 40
 SETTINGS = [
-    Setting("bf16", 64, 64),
-    Setting("bf16", 64, 64, micro_batches=3, visits=4),
-    Setting("fp16", 32, 64, micro_batches=2),
-    Setting("fp32", 64, 64, visits=2, beside="host"),
+    Setting(Format(), 64, 64),
+    Setting(Format(), 64, 64, micro_batches=3, visits=4),
+    Setting(Format("fp16"), 32, 64, micro_batches=2),
+    Setting(Format("fp32"), 64, 64, visits=2, beside="host"),
 ]
 
 
 def taken(placement, setting):
-    return account(PLANS, placement, setting.precision, setting.micro_batch_tokens, setting.width, setting.beside)
+    return account(PLANS, placement, setting.format, setting.micro_batch_tokens, setting.width, setting.beside)
 
 
 def least(kind, setting, **others):
@@ -146,7 +147,7 @@ def test_layers_may_be_kept_off_the_device_though_there_be_room():
 
 
 def test_activations_go_to_the_host_when_the_device_has_no_room():
-    setting = Setting("bf16", 4096, 64, micro_batches=40)
+    setting = Setting(Format(), 4096, 64, micro_batches=40)
     device = least("device", setting)
     placement = place(PLANS, Budgets(device, PLENTY), setting)
     assert placement.activations == "host"

@@ -12,6 +12,7 @@ from cgpt.stream.build import layers_of
 from cgpt.stream.devices_simulated import SimulatedDevice
 from cgpt.stream.executor import Executor
 from cgpt.stream.forecast import Rates, Work, exposed_optimizer, forecast
+from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
@@ -54,20 +55,20 @@ PACE = {  # FLOP/s a token of a visit, as a share of what hides the weights in f
 
 def problem(placement, pace, rows, visits):
     placement = replace(
-        placement, micro_batches=rows, visits=visits, boundary=boundary_bytes("bf16", TOKENS, SHAPE.d_model)
+        placement, micro_batches=rows, visits=visits, boundary=boundary_bytes(Format(), TOKENS, SHAPE.d_model)
     )
     more = dict(PACE[pace])
     rates = replace(RATES, flops=more.pop("share") * TOKENS * rows * LINK, **more)
-    return placement, rates, Work("bf16", TOKENS * rows * visits, SHAPE.d_model)
+    return placement, rates, Work(Format(), TOKENS * rows * visits, SHAPE.d_model)
 
 
 def walked(placement, rates, disk):
     """Seconds of the fourth step by the simulated clock."""
     with torch.device("meta"):
         layers = layers_of(GPT(SHAPE))
-    wanted = account(PLANS, placement, "bf16", TOKENS, SHAPE.d_model)
+    wanted = account(PLANS, placement, Format(), TOKENS, SHAPE.d_model)
     device = SimulatedDevice(rates, wanted.needs.device)
-    store = Store(layers, "bf16", device, placement=placement, disk=str(disk))
+    store = Store(layers, Format(), device, placement=placement, disk=str(disk))
     store.initialise(lambda name, value: value.normal_(0, 0.02))
     executor, optimizer, ends = Executor(store), AdamW(store), []
     ids = torch.randint(SHAPE.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))

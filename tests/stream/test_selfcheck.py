@@ -10,6 +10,7 @@ from toy import Plain, batches, layers
 from cgpt.errors import InputError
 from cgpt.stream.devices import CpuDevice, Device
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.selfcheck import check, picked_layers
 from cgpt.stream.store import Store
@@ -20,7 +21,7 @@ BATCH = batches((1,))[0]
 def toy_store(placement, tmp_path, precision="bf16"):
     model = Plain()
     values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    store = Store(layers(model), precision, placement=placement, disk=str(tmp_path))
+    store = Store(layers(model), Format(precision), placement=placement, disk=str(tmp_path))
     store.initialise(lambda name, tensor: tensor.copy_(values[name]))
     return store
 

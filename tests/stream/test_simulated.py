@@ -15,6 +15,7 @@ from cgpt.stream.build import build
 from cgpt.stream.devices_simulated import SimulatedDevice
 from cgpt.stream.executor import Executor
 from cgpt.stream.forecast import Rates, Work, exposed_optimizer, forecast
+from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.needs import needs
 from cgpt.stream.optimizer import AdamW
@@ -26,7 +27,7 @@ EVEN = Rates(flops=1e9, down=1e6, up=1e6, memory=2e7, read=1e12, write=1e12)
 
 
 def everywhere(weights="host", state="host", rows=1, **more):
-    boundary = boundary_bytes("bf16", TIME, SHAPE.d_model)
+    boundary = boundary_bytes(Format(), TIME, SHAPE.d_model)
     return Placement(
         (weights,) * COUNT,
         (state,) * COUNT,
@@ -57,8 +58,8 @@ CONFIGURATIONS = {
 
 def simulated(placement, rates, clip=0.1, disk=None, steps=4):
     """Seconds of the last of `steps` steps, and the lanes' spans in it."""
-    lanes = SimulatedDevice(rates, needs(PLANS, placement, 2, 12).device)
-    _, store = build(SHAPE, "bf16", lanes, placement=placement, disk=disk)
+    lanes = SimulatedDevice(rates, needs(PLANS, placement, Format()).device)
+    _, store = build(SHAPE, Format(), lanes, placement=placement, disk=disk)
     store.initialise(lambda name, tensor: init_parameter(name, tensor, SHAPE, 0))
     executor, optimizer = Executor(store), AdamW(store, clip=clip)
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +79,7 @@ def simulated(placement, rates, clip=0.1, disk=None, steps=4):
 
 def forecasted(placement, rates):
     tokens = placement.micro_batches * placement.visits * TIME
-    return forecast(PLANS, placement, rates, Work("bf16", tokens, SHAPE.d_model))
+    return forecast(PLANS, placement, rates, Work(Format(), tokens, SHAPE.d_model))
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -105,7 +106,7 @@ def test_the_optimizer_is_hidden_where_the_formula_says_so_and_clipping_costs_no
     rates = replace(EVEN, down=1e9, up=1e9)
     tokens = placement.micro_batches * TIME
     hidden = replace(rates, memory=2 * 26 * rates.flops / (2 * tokens))  # twice what hides behind the next forward
-    work = Work("bf16", tokens, SHAPE.d_model)
+    work = Work(Format(), tokens, SHAPE.d_model)
     assert exposed_optimizer(PLANS, placement, hidden, work) <= 0.005 * forecasted(placement, hidden).seconds
     free = simulated(placement, replace(rates, memory=1e15), clip)
     assert simulated(placement, hidden, clip) <= 1.005 * free

@@ -16,10 +16,10 @@ from cgpt import checkpoint
 from cgpt.checkpoint import Saving
 from cgpt.stream.devices import CpuDevice
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from cgpt.stream.needs import disk_bytes, needs, typical_record
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
-from cgpt.stream.record import record_bytes, sections
 from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store, plans_of
 
@@ -44,11 +44,10 @@ class Run:
     def __init__(self, tmp_path, placement, precision="bf16", **device):
         plain = Plain()
         stops = layers(plain)
-        widths = [dtype.itemsize for dtype in sections(precision, True).values()]
-        wanted = needs(plans_of(stops), placement, widths[0], sum(widths))
+        wanted = needs(plans_of(stops), placement, Format(precision))
         initial = {name: p.detach().clone() for name, p in plain.named_parameters()}
         self.lanes = CpuDevice(wanted.device + 128 * 64, **device)
-        self.store = Store(stops, precision, self.lanes, placement=placement, disk=str(tmp_path))
+        self.store = Store(stops, Format(precision), self.lanes, placement=placement, disk=str(tmp_path))
         self.store.initialise(lambda name, tensor: tensor.copy_(initial[name]))
         self.executor, self.optimizer, self.steps = Executor(self.store), AdamW(self.store), 0
 
@@ -264,15 +263,15 @@ def test_the_memory_is_counted_to_the_byte(tmp_path, where, aside):
     with Run(tmp_path, placed(where, aside)) as run:
         store, plans = run.store, run.store.plans
         assert store.host.taken == store.host.nbytes
-        without = needs(plans, replace(store.placement, aside=None), 2, 12)
-        records = [record_bytes(plan.owned.size, "bf16") for plan in plans]
+        without = needs(plans, replace(store.placement, aside=None), Format())
+        records = [plan.owned.size * 12 for plan in plans]
         extra = 0
         if aside is not None:
             on_disk = [disk_bytes(r) for r, home in zip(records, store.placement.state, strict=True) if home == "disk"]
             extra = aside * sorted(records)[N // 2] + max(on_disk, default=0)
             assert typical_record(plans, 12) == sorted(records)[N // 2]
         assert store.host.nbytes == without.host + extra
-        assert needs(plans, store.placement, 2, 12, training=False).aside == 0
+        assert needs(plans, store.placement, Format(training=False)).aside == 0
 
 
 LIMITED = """

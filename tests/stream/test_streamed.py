@@ -10,6 +10,7 @@ from torch import nn
 
 from cgpt.errors import InputError
 from cgpt.stream import Streamed
+from cgpt.stream.format import Format
 from cgpt.stream.gradients import Gradients
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
@@ -180,7 +181,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_norm_and_the_update(precisi
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         layers = [Layer("one", None, {f"p{i}": nn.Parameter(value.clone()) for i, value in enumerate(values)})]
-        store = Store(layers, precision, placement=Placement(("host",), ("host",), (True,)))
+        store = Store(layers, Format(precision), placement=Placement(("host",), ("host",), (True,)))
         store.lanes.optimizer_threads = threads
         store.initialise(lambda name, tensor: tensor.copy_(values[int(name[1:])]))
         optimizer = AdamW(store)

@@ -8,6 +8,7 @@ import torch
 from toy import DEPTH, Plain, batches, layers
 
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
 from cgpt.stream.store import Store
@@ -38,7 +39,7 @@ PLACEMENTS = {
 }
 
 
-def train(placement, precision="bf16", sizes=(3,), clip=0.05, steps=20, disk=None, together=True, device="cpu"):
+def train(placement, format=None, sizes=(3,), clip=0.05, steps=20, disk=None, together=True, device="cpu"):
     """Losses, norms and final masters and moments of `steps` steps."""
     placement = replace(placement, micro_batches=len(sizes) if together else 1, visits=1 if together else len(sizes))
     if placement.activations == "host":
@@ -46,7 +47,7 @@ def train(placement, precision="bf16", sizes=(3,), clip=0.05, steps=20, disk=Non
     torch.manual_seed(0)
     model = Plain()
     values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    store = Store(layers(model), precision, device, placement=placement, disk=disk)
+    store = Store(layers(model), format, device, placement=placement, disk=disk)
     store.initialise(lambda name, tensor: tensor.copy_(values[name]))
     executor, optimizer = Executor(store), AdamW(store, clip=clip)
     rows = []
@@ -68,12 +69,12 @@ def final(store):
     return found
 
 
-def assert_same(got, want):
+def assert_same(got, want, where=""):
     (rows, tensors), (wanted_rows, wanted) = got, want
-    assert rows == wanted_rows
+    assert rows == wanted_rows, where
     assert tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert torch.equal(tensors[name], tensor), name
+        assert torch.equal(tensors[name], tensor), where + name
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e6])
@@ -86,14 +87,25 @@ def test_every_placement_gives_the_same_bits_over_twenty_steps(sizes, clip, tmp_
     for (name, placement), activations in itertools.product(PLACEMENTS.items(), ("device", "host")):
         placement = replace(placement, activations=activations)
         got = train(placement, sizes=sizes, clip=clip, disk=str(tmp_path / "state"))
-        assert_same(got, want), name
+        assert_same(got, want, f"{name}, activations on the {activations}: ")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+OTHERS = [Format("fp16"), Format("fp32"), Format("bf16", "bf16"), Format("fp16", "bf16"), Format("fp32", "bf16")]
+
+
+@pytest.mark.parametrize("format", OTHERS, ids=lambda format: f"{format.precision}, moments {format.moments}")
 @pytest.mark.parametrize("name", ["host", "disk", "mixed"])
-def test_other_precisions(name, precision, tmp_path):
-    want = train(PLACEMENTS["resident"], precision, (2, 3))
-    assert_same(train(PLACEMENTS[name], precision, (2, 3), disk=str(tmp_path / "state")), want)
+def test_other_formats(name, format, tmp_path):
+    want = train(PLACEMENTS["resident"], format, (2, 3))
+    assert_same(train(PLACEMENTS[name], format, (2, 3), disk=str(tmp_path / "state")), want)
+
+
+def test_rounded_moments_learn_as_fp32_ones_do():
+    exact, rounded = (train(PLACEMENTS["host"], Format(moments=moments), steps=40) for moments in ("fp32", "bf16"))
+    assert exact[0] != rounded[0]
+    losses = [[loss for loss, _, _ in rows] for rows, _ in (exact, rounded)]
+    fallen = [rows[0] - sum(rows[-5:]) / 5 for rows in losses]
+    assert fallen[1] == pytest.approx(fallen[0], rel=0.05)
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)

@@ -13,12 +13,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cgpt.errors import InputError
+from cgpt.stream.format import Format
 from cgpt.stream.layout import LayerPlan
 from cgpt.stream.needs import BLOCK, SLOTS, STAGING, Needs, needs
 from cgpt.stream.placement import Placement
-
-WIDTHS = {"bf16": (2, 12), "fp16": (2, 14), "fp32": (4, 12)}  # bytes an element: working weights, whole record
 
 KEPT = 13  # values a token and width that a block keeps for backward: inputs, norms, q k v, attention, MLP
 BACKWARD = 9  # and that it takes beside them while it goes backward: gradients of the MLP's inside, of q k v, of x
@@ -75,30 +73,22 @@ class Account:
 def account(
     plans: Sequence[LayerPlan],
     placement: Placement,
-    precision: str,
+    format: Format,
     micro_batch_tokens: int,
     width: int,
     beside: str = "device",
 ) -> Account:
     """Of a run whose micro-batches have so many tokens, with activations `width` wide between layers."""
-    working, record = widths(precision)
     return Account(
-        needs(plans, placement, working, record),
-        _workspace(plans, placement, working, boundary_bytes(precision, micro_batch_tokens, width)),
+        needs(plans, placement, format),
+        _workspace(plans, placement, format.working, boundary_bytes(format, micro_batch_tokens, width)),
         beside,
     )
 
 
-def widths(precision: str) -> tuple[int, int]:
-    """Bytes an element of the working weights and of the whole record. Raises InputError for an unknown precision."""
-    if precision not in WIDTHS:
-        raise InputError(f"precision: wanted one of {', '.join(WIDTHS)}, got {precision}")
-    return WIDTHS[precision]
-
-
-def boundary_bytes(precision: str, micro_batch_tokens: int, width: int) -> int:
+def boundary_bytes(format: Format, micro_batch_tokens: int, width: int) -> int:
     """One micro-batch's activations between two layers, in an arena."""
-    return -(-micro_batch_tokens * width * widths(precision)[0] // ALIGN) * ALIGN
+    return -(-micro_batch_tokens * width * format.working // ALIGN) * ALIGN
 
 
 def _workspace(plans: Sequence[LayerPlan], placement: Placement, working: int, between: int) -> dict[str, int]:

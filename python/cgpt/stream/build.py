@@ -9,6 +9,7 @@ from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
 from cgpt.stream.devices import Device
+from cgpt.stream.format import Format
 from cgpt.stream.store import Layer, Store
 
 
@@ -29,13 +30,11 @@ def check_device(device: str) -> None:
         raise InputError(f"--device: wanted cuda, got a machine where torch {torch.__version__} finds no CUDA device")
 
 
-def build(
-    shape: GPTConfig, precision: str, device: str | Device, *, training: bool = True, **where
-) -> tuple[GPT, Store]:
+def build(shape: GPTConfig, format: Format, device: str | Device, **where) -> tuple[GPT, Store]:
     """A GPT with its parameters in a store, all zero; `where` is Store's placement and disk. Raises InputError where
     there is no such device."""
     if isinstance(device, str):
         check_device(device)
     with torch.device("meta"):
         model = GPT(shape)
-    return model, Store(layers_of(model), precision, device, training=training, **where)
+    return model, Store(layers_of(model), format, device, **where)

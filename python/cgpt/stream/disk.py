@@ -16,10 +16,11 @@ from torch import Tensor
 
 from cgpt.stream.buffers import Buffer, Ring
 from cgpt.stream.devices import Device, Event
+from cgpt.stream.format import Format
 from cgpt.stream.host import DiskTier, HostMemory
 from cgpt.stream.layout import LayerPlan
 from cgpt.stream.needs import SLOTS, STAGING, Needs, disk_bytes
-from cgpt.stream.record import DTYPES, Record, record_bytes
+from cgpt.stream.record import Record, dtype_of
 
 
 class DiskRecords:
@@ -36,12 +37,11 @@ class DiskRecords:
         homes: Sequence[int],
         lanes: Device,
         host: HostMemory,
-        precision: str,
-        training: bool,
+        format: Format,
     ):
         self.tier = DiskTier(path, wanted.disk)
         self.plans, self.lanes = plans, lanes
-        self.precision, self.training, self.dtype = precision, training, DTYPES[precision]
+        self.format, self.dtype = format, dtype_of(format)
         self._staging = _ring("staging", STAGING, wanted.staging, host)
         self._fetching = _ring("fetching", SLOTS, wanted.fetching, host)
         self._sending = _ring("sending", SLOTS, wanted.sending, host)
@@ -63,8 +63,8 @@ class DiskRecords:
         work = self.tier.reader(self._at[index], buffer.memory[:end])
         what = f"{self.plans[index].name} state"
         buffer.fill(index, version, lambda before: self.lanes.submit("read", what, work, [*before, *after], end))
-        memory = buffer.memory[: record_bytes(size, self.precision, self.training)]
-        record = Record(self.plans[index].owned, self.precision, self.training, memory)
+        memory = buffer.memory[: size * self.format.record]
+        record = Record(self.plans[index].owned, self.format, memory)
         beside = buffer.memory[start : start + size * self.dtype.itemsize if gradients else start].view(self.dtype)
         return buffer, record, beside, buffer.use(index, version)
 
@@ -107,8 +107,7 @@ class DiskRecords:
         memory = self._saving[: self._bytes(index)]
         self.tier.reader(self._at[index], memory)()
         layout = self.plans[index].owned
-        held = memory[: record_bytes(layout.size, self.precision, self.training)]
-        return Record(layout, self.precision, self.training, held)
+        return Record(layout, self.format, memory[: layout.size * self.format.record])
 
     def reset(self) -> None:
         """Takes every buffer back; nothing may still be using them."""
@@ -127,7 +126,7 @@ class DiskRecords:
         return self.lanes.submit("write", what, work, after, memory.nbytes)
 
     def _bytes(self, index: int) -> int:
-        return disk_bytes(record_bytes(self.plans[index].owned.size, self.precision, self.training))
+        return disk_bytes(self.plans[index].owned.size * self.format.record)
 
     def _gradient_bytes(self, index: int) -> int:
         """Of a layer's gradients, and of its working weights."""

@@ -35,7 +35,7 @@ class Executor:
     def __init__(self, store: Store, seed: int | None = None):
         self.store, self.lanes, self.seed = store, store.lanes, seed
         self.step = 0  # calls of `gradients`, which random numbers are counted by
-        away = store.training and store.placement.activations == "host"
+        away = store.format.training and store.placement.activations == "host"
         self._boundaries = Boundaries(store) if away else None
 
     def loss(self, batches: Sequence[Batch]) -> float:

@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cgpt.stream.account import widths
+from cgpt.stream.format import Format
 from cgpt.stream.layout import LayerPlan
 from cgpt.stream.needs import AHEAD, SLOTS, STAGING, disk_bytes, streamed
 from cgpt.stream.placement import Placement
@@ -84,7 +84,7 @@ class Work:
     """A step's work beside the placement. tokens: of a step. width: of activations between layers. attention: FLOPs a
     token of a block's forward beside 2 P. device_memory: bytes/s, for AdamW on the device; None: it takes no time."""
 
-    precision: str
+    format: Format
     tokens: float
     width: int
     attention: float = 0.0
@@ -102,17 +102,17 @@ def exposed_optimizer(plans: Sequence[LayerPlan], placement: Placement, rates: R
     return max(0.0, there.seconds - free.seconds)
 
 
-def hides(rates: Rates, precision: str = "bf16", away: float = 1.0, visits: int = 1) -> dict[str, float]:
+def hides(rates: Rates, format: Format | None = None, away: float = 1.0, visits: int = 1) -> dict[str, float]:
     """Tokens a visit from which on each lane hides; away: the share of weights that is streamed (section heads)."""
-    working, record = widths(precision)
+    format = format or Format()
+    working = format.working
     down = working * away + (4 if visits > 1 else 0)
     up = 4 if visits > 1 else working
-    traffic = 2 * record + working
     return {
         "down in forward": working * away * rates.flops / (2 * rates.down),
         "down in backward": down * rates.flops / (6 * rates.down),
         "up in backward": up * rates.flops / (6 * rates.up),
-        "optimizer in forward": traffic * rates.flops / (2 * rates.memory),
+        "optimizer in forward": format.traffic * rates.flops / (2 * rates.memory),
     }
 
 
@@ -123,8 +123,7 @@ class _Walk:
         self.plans, self.place, self.rates, self.work = plans, placement, rates, work
         self.tokens = work.tokens / placement.visits
         self.visits = min(placement.visits, VISITS)
-        self.working, self.record = widths(work.precision)
-        self.traffic = 2 * self.record + self.working
+        self.working, self.record, self.traffic = work.format.working, work.format.record, work.format.traffic
         self.owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
         self.slots = [streamed(plan, placement, self.owner).size * self.working for plan in plans]
         self.owners = [sorted({self.owner[name] for name in plan.reads.names}) for plan in plans]

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cgpt.stream.format import Format
 from cgpt.stream.layout import LayerPlan, Layout
 from cgpt.stream.placement import Placement
 
@@ -51,8 +52,9 @@ class Needs:
         return held + buffers + self.saving + self.aside
 
 
-def needs(plans: Sequence[LayerPlan], placement: Placement, working: int, record: int, training: bool = True) -> Needs:
-    """What `placement` takes, for working weights and records of so many bytes an element (record.py's table)."""
+def needs(plans: Sequence[LayerPlan], placement: Placement, format: Format) -> Needs:
+    """What `placement` takes for layers kept in `format`."""
+    working, record, training = format.working, format.record, format.training
     layers = list(zip(plans, placement.state, placement.weights, strict=True))
     owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
     on_disk = [(plan, weights) for plan, home, weights in layers if home == "disk"]

@@ -27,7 +27,11 @@ MOST_SKIPS = 50  # in a row; from 2^16 the loss scale is then far below any that
 
 
 class AdamW:
-    """Decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101) on the store's decayed groups."""
+    """Decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101) on the store's decayed groups.
+
+    seed: of the rounding of bf16 moments, whose random bits are a function of it, of the update's number and of the
+    parameter alone (csrc/adamw.h): wherever a layer lives, it gets the same.
+    """
 
     def __init__(
         self,
@@ -38,14 +42,16 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         clip: float = 1.0,
+        seed: int = 0,
     ):
         self.store = store
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.weight_decay = weight_decay
         self.clip = clip
+        self.seed = seed
         self.updates = 0
         self.skipped = 0
-        self.dynamic = store.precision == "fp16"
+        self.dynamic = store.format.precision == "fp16"
         self.loss_scale = FIRST_LOSS_SCALE if self.dynamic else 1.0
         self.good_steps = 0
         self.skipped_in_a_row = 0
@@ -99,11 +105,19 @@ class AdamW:
                 names = record.layout.names
                 mine = {name: parameter_view(beside, record.layout, names.index(name)) for name in found}
             for group in record.groups():
-                self._update(group, mine, updates, lr, scale)
+                self._update(group, mine, updates, lr, scale, self._seed_of(index, group))
 
         return work
 
-    def _update(self, group: Group, found: dict[str, torch.Tensor], updates: int, lr: float, scale) -> None:
+    def _seed_of(self, index: int, group: Group) -> int | None:
+        """None where nothing is rounded at random; lists that step together have different ones."""
+        if self.store.format.moments == "fp32":
+            return None
+        return (2 * index + group.decayed) << 32 | self.seed & 0xFFFFFFFF
+
+    def _update(
+        self, group: Group, found: dict[str, torch.Tensor], updates: int, lr: float, scale, seed: int | None
+    ) -> None:
         there = [i for i, name in enumerate(group.names) if name in found]
         if not there:
             return
@@ -121,6 +135,7 @@ class AdamW:
             masters=group.masters and [group.masters[i] for i in there],
             lows=group.lows and [group.lows[i] for i in there],
             grad_scale=scale,
+            stochastic_rounding_seed=seed,
         )
 
     def state(self) -> dict:

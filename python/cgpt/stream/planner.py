@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from cgpt.errors import InputError
 from cgpt.stream.account import Account, account, boundary_bytes
+from cgpt.stream.format import Format
 from cgpt.stream.layout import LayerPlan
 from cgpt.stream.limits import Budgets, bytes_text
 from cgpt.stream.placement import Placement
@@ -26,7 +27,7 @@ class Setting:
     """How a step is walked: `visits` of all layers by `micro_batches` of `micro_batch_tokens` tokens, with activations
     `width` wide between layers. beside: the tier of torch's own memory (account.py)."""
 
-    precision: str
+    format: Format
     micro_batch_tokens: int
     width: int
     micro_batches: int = 1
@@ -131,7 +132,7 @@ class _Search:
             self._known[counts] = account(
                 self.plans,
                 self.placement(*counts),
-                setting.precision,
+                setting.format,
                 setting.micro_batch_tokens,
                 setting.width,
                 setting.beside,
@@ -148,7 +149,7 @@ class _Search:
             activations=self.activations,
             micro_batches=setting.micro_batches,
             visits=setting.visits,
-            boundary=boundary_bytes(setting.precision, setting.micro_batch_tokens, setting.width),
+            boundary=boundary_bytes(setting.format, setting.micro_batch_tokens, setting.width),
         )
 
 

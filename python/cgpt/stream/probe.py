@@ -2,8 +2,8 @@
 run then measures.
 
     down, up       copies of 64 MiB between host and device
-    optimizer      AdamW on 4M parameters of a split master, 26 bytes each, on as many threads as its lane has
-    read, write    64 MiB of the disk tier, before anything lies there
+    optimizer      AdamW on 4M parameters in the run's own format, on as many threads as its lane has
+    read, write    64 MiB each of the disk tier, both at once as in a run, before anything lies there
     compute        the first step's own FLOPs over its own seconds: no model of a GEMM is needed
 """
 
@@ -16,35 +16,52 @@ from collections.abc import Callable
 import torch
 
 from cgpt.stream.forecast import Rates
+from cgpt.stream.format import Format
+from cgpt.stream.layout import Layout
+from cgpt.stream.needs import BLOCK
+from cgpt.stream.record import Record, dtype_of
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
 from cgpt_ext import adamw_
 
-COPY_BYTES, PARAMETERS, REPEATS = 64 << 20, 4 << 20, 5
+COPY_BYTES, PARAMETERS, REPEATS = 64 << 20, (2048, 2048), 5
 NO_DISK = 1e15  # of a placement without one
 
 
 def probe(store: Store) -> Rates:
     """Rates of `store`'s lanes but for compute's, which is 1. The disk tier's first bytes are overwritten."""
     lanes, nbytes = store.lanes, COPY_BYTES
-    here = torch.zeros(nbytes, dtype=torch.uint8)
+    pinned = store.device.type == "cuda" and store.host.why_not_pinned is None
+    here = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
     there = torch.zeros(nbytes, dtype=torch.uint8, device=store.device)
-    read = write = NO_DISK
+    copies = {"down": lambda: lanes.copy(there, here), "up": lambda: lanes.copy(here, there)}
+    rates = {lane: nbytes / _seconds(store, {lane: work})[lane] for lane, work in copies.items()}
+    rates |= {"read": NO_DISK, "write": NO_DISK}
     if store.disk is not None:
-        part = here[: min(nbytes, store.disk.nbytes)]
-        write = part.nbytes / _seconds(store, "write", store.disk.writer(0, part))
-        read = part.nbytes / _seconds(store, "read", store.disk.reader(0, part))
-    down = nbytes / _seconds(store, "down", lambda: lanes.copy(there, here))
-    up = nbytes / _seconds(store, "up", lambda: lanes.copy(here, there))
-    weights = [torch.zeros(PARAMETERS, dtype=dtype) for dtype in (torch.bfloat16, torch.int16, torch.bfloat16)]
-    moments = [torch.zeros(PARAMETERS) for _ in range(2)]
+        size = min(nbytes, store.disk.nbytes // (2 * BLOCK) * BLOCK)
+        works = {"write": store.disk.writer(0, here[:size])}
+        if size:
+            works["read"] = store.disk.reader(size, torch.zeros(size, dtype=torch.uint8))
+        rates |= {lane: size / seconds for lane, seconds in _seconds(store, works).items()}
+    step, moved = _adamw(store.format)
+    return Rates(1.0, memory=moved / _seconds(store, {"optimizer": step})["optimizer"], **rates)
+
+
+def _adamw(format: Format) -> tuple[Callable[[], None], int]:
+    """A step on PARAMETERS, and the bytes that it moves."""
+    layout = Layout.of({"weight": PARAMETERS})
+    record = Record(layout, format, torch.zeros(layout.size * format.record, dtype=torch.uint8))
+    group, _ = record.groups()
+    gradients = [torch.zeros(PARAMETERS, dtype=dtype_of(format))]
+    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    options |= {"masters": group.masters, "lows": group.lows}
+    if format.moments == "bf16":
+        options["stochastic_rounding_seed"] = 0
 
     def step() -> None:
-        high, low, gradient = weights
-        numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-        adamw_([high], [gradient], [moments[0]], [moments[1]], 1, lows=[low], **numbers)
+        adamw_(group.working, gradients, group.exp_avg, group.exp_avg_sq, 1, **options)
 
-    return Rates(1.0, down, up, 26 * PARAMETERS / _seconds(store, "optimizer", step), read, write)
+    return step, layout.size * format.traffic
 
 
 def flops_of(timeline: Timeline, step: int) -> float:
@@ -53,13 +70,20 @@ def flops_of(timeline: Timeline, step: int) -> float:
     return sum(span.flops for span in spans) / max(1e-9, sum(span.end - span.begin for span in spans))
 
 
-def _seconds(store: Store, lane: str, work: Callable[[], None]) -> float:
-    """Median of a few runs on the lane's own thread, after one that touches the memory."""
-
-    def once() -> float:
-        begin = time.perf_counter()
-        store.lanes.submit(lane, "probe", work).wait()
-        return time.perf_counter() - begin
-
-    once()
-    return statistics.median(once() for _ in range(REPEATS))
+def _seconds(store: Store, works: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Medians of a few runs of all the works at once, after one that touches the memory. The clock is read by the lane
+    itself, before and after: a lane's next job begins when the last has ended, copies on a stream among them."""
+    read: dict[str, list[float]] = {lane: [] for lane in works}
+    for _ in range(REPEATS + 1):
+        events = []
+        for lane, work in works.items():
+            clock = read[lane]
+            for job in (lambda clock=clock: clock.append(time.perf_counter()), work):
+                store.lanes.submit(lane, "probe", job)
+            events.append(store.lanes.submit(lane, "probe", lambda clock=clock: clock.append(time.perf_counter())))
+        for event in events:
+            event.wait()
+    return {
+        lane: statistics.median(end - begin for begin, end in zip(clock[2::2], clock[3::2], strict=True))
+        for lane, clock in read.items()
+    }

@@ -1,11 +1,10 @@
 """One layer's parameters and optimizer state in one stretch of memory, one section after another.
 
-    precision  working weights       master                              bytes an element
-    bf16       bf16, the high half   int16, the low half: split master   2 + 2 + 8 = 12
-    fp16       fp16, rounded         fp32                                2 + 4 + 8 = 14
-    fp32       fp32, the master      none                                4 + 8     = 12
+    working    what the layer computes with
+    low        int16 low halves of bf16 weights: the split master; or master, fp32, behind fp16 weights
+    exp_avg, exp_avg_sq
 
-exp_avg and exp_avg_sq are fp32. Without training there are working weights alone.
+format.py says which a format has, and in which dtypes.
 """
 
 from __future__ import annotations
@@ -17,30 +16,14 @@ import torch
 from torch import Tensor
 
 from cgpt.errors import InputError
+from cgpt.stream.format import MOMENTS, Format
 from cgpt.stream.layout import Layout
 from cgpt_ext import _native, join_master, split_master
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-def sections(precision: str, training: bool) -> dict[str, torch.dtype]:
-    """What a record holds, in the order in which it lies. Raises InputError for an unknown precision."""
-    if precision not in DTYPES:
-        raise InputError(f"precision must be one of {', '.join(DTYPES)}, got {precision}")
-    found = {"working": DTYPES[precision]}
-    if training:
-        if precision == "bf16":
-            found["low"] = torch.int16
-        if precision == "fp16":
-            found["master"] = torch.float32
-        found |= dict.fromkeys(MOMENTS, torch.float32)
-    return found
-
-
-def record_bytes(size: int, precision: str, training: bool = True) -> int:
-    """Bytes of a record of `size` elements."""
-    return size * sum(dtype.itemsize for dtype in sections(precision, training).values())
+def dtype_of(format: Format) -> torch.dtype:
+    """Of the working weights."""
+    return getattr(torch, format.sections["working"])
 
 
 @dataclass
@@ -57,17 +40,18 @@ class Group:
 
 
 class Record:
-    """`layout`'s parameters in `memory`, uint8 of `record_bytes` bytes; views of it, never copies.
+    """`layout`'s parameters in `memory`, uint8, format.record bytes an element; views of it, never copies.
 
     working: where the working weights lie instead, for a record that is split between two memories.
     """
 
-    def __init__(self, layout: Layout, precision: str, training: bool, memory: Tensor):
-        self.layout, self.precision, self.training = layout, precision, training
+    def __init__(self, layout: Layout, format: Format, memory: Tensor):
+        self.layout, self.format = layout, format
         self.memory = memory
         self.flat: dict[str, Tensor] = {}
         start = 0
-        for kind, dtype in sections(precision, training).items():
+        for kind, name in format.sections.items():
+            dtype = getattr(torch, name)
             end = start + layout.size * dtype.itemsize
             self.flat[kind] = memory[start:end].view(dtype)
             start = end
@@ -93,7 +77,7 @@ class Record:
         working = self.view("working", name)
         if value.shape != working.shape or value.dtype != torch.float32:
             raise InputError(f"{name}: wanted float32 {tuple(working.shape)}, got {value.dtype} {tuple(value.shape)}")
-        if self.precision == "bf16":
+        if self.format.precision == "bf16":
             if "low" in self.flat and working.device.type == "cpu":  # in place: an embedding's halves are large
                 _native.split_master(value.contiguous(), working, self.view("low", name))
                 return

@@ -24,6 +24,7 @@ from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
 from cgpt.stream.build import layers_of
 from cgpt.stream.executor import Batch, Executor
+from cgpt.stream.format import Format
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
 from cgpt.stream.store import Layer, Store
@@ -47,7 +48,7 @@ def check(store: Store, batch: Batch) -> None:
         def initial(name: str, tensor: Tensor) -> None:
             tensor.copy_(store.read(name))
 
-        kind = store.precision, str(store.device), layers
+        kind = store.format, str(store.device), layers
         got = _train(*kind, streamed, batch, disk, initial)
         want = _train(*kind, Placement.resident(len(layers)), batch, None, initial)
     finally:
@@ -56,7 +57,7 @@ def check(store: Store, batch: Batch) -> None:
     _compare(got, want, {name: store.read(name) for name in want[1]})
 
 
-def check_machine(precision: str, device: str, placement: Placement, disk: str | None) -> None:
+def check_machine(format: Format, device: str, placement: Placement, disk: str | None) -> None:
     """`check` before anything large is allocated: of a small GPT whose layers live as those of `placement`, on this
     machine's lanes, memory and disk. Milliseconds, and no memory to speak of."""
     picked = picked_layers(placement)
@@ -79,7 +80,7 @@ def check_machine(precision: str, device: str, placement: Placement, disk: str |
             start[name] = torch.empty(parameter.shape)
             initial(name, start[name])
     found = [
-        _train(precision, device, layers, where, batch, disk, initial)
+        _train(format, device, layers, where, batch, disk, initial)
         for where in (streamed, Placement.resident(len(layers)))
     ]
     _compare(*found, start)
@@ -106,7 +107,7 @@ def _picked(place: Placement, picked: list[int]) -> Placement:
 
 
 def _train(
-    precision: str,
+    format: Format,
     device: str,
     layers: Sequence[Layer],
     placement: Placement,
@@ -117,7 +118,7 @@ def _train(
     """(losses and norms, masters, moments) after STEPS steps from `initial` masters and moments of zero."""
     twin = None
     try:
-        twin = Store(layers, precision, device, placement=placement, disk=disk)
+        twin = Store(layers, format, device, placement=placement, disk=disk)
         twin.initialise(initial)
         executor, optimizer = Executor(twin, seed=0), AdamW(twin)
         optimizer.loss_scale = 1.0  # what overflows is skipped, and would prove nothing

@@ -90,7 +90,7 @@ class Snapshot:
             memory = self._take(record.memory.numel())
             if memory is not None:
                 memory.copy_(record.memory)
-                self._copies[index] = Record(record.layout, record.precision, record.training, memory)
+                self._copies[index] = Record(record.layout, record.format, memory)
                 self._state[index] = "copied"
         return self._state[index] in ("copied", "written")
 

@@ -27,11 +27,12 @@ from cgpt.errors import InputError
 from cgpt.stream.buffers import Buffer, Ring
 from cgpt.stream.devices import Device, Event, open_device
 from cgpt.stream.disk import DiskRecords
+from cgpt.stream.format import Format
 from cgpt.stream.host import DiskTier, HostMemory
 from cgpt.stream.layout import LayerPlan, Layout, layers_plan
 from cgpt.stream.needs import AHEAD, SLOTS, Needs, needs
 from cgpt.stream.placement import Placement
-from cgpt.stream.record import DTYPES, Record, parameter_view, record_bytes, sections
+from cgpt.stream.record import Record, dtype_of, parameter_view
 
 
 @dataclass(frozen=True)
@@ -67,38 +68,35 @@ def plans_of(layers: Sequence[Layer]) -> list[LayerPlan]:
 
 
 class Store:
-    """Holds `layers`' parameters in `precision`, with masters and moments when `training`, as `placement` says.
+    """Holds `layers`' parameters in `format` where `placement` says.
 
     The modules may have been built on the meta device. Every parameter is zero until `write` or a checkpoint fills it.
     device: an open Device whose arena has room (`needs`), or "cpu" or "cuda" for one made to measure. disk: the file
-    for layers whose home is the disk. Raises InputError for an unknown precision and for memory that is not there,
-    OSError for the disk.
+    for layers whose home is the disk. Raises InputError for memory that is not there, OSError for the disk.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        precision: str = "bf16",
+        format: Format | None = None,
         device: str | torch.device | Device = "cpu",
         *,
-        training: bool = True,
         placement: Placement | None = None,
         disk: str | None = None,
     ):
         self.layers = list(layers)
         self.plans = plans_of(self.layers)
-        self.precision, self.training = precision, training
+        self.format = format = format or Format()
         self.placement = placement or Placement.resident(len(self.layers))
-        widths = [dtype.itemsize for dtype in sections(precision, training).values()]
-        self.dtype = DTYPES[precision]
-        wanted = needs(self.plans, self.placement, widths[0], sum(widths), training)
+        self.dtype = dtype_of(format)
+        wanted = needs(self.plans, self.placement, format)
         self.lanes = device if isinstance(device, Device) else open_device(str(device), wanted.device)
         self.device = self.lanes.torch_device
         self.host = HostMemory(wanted.host, pinned=self.device.type == "cuda")
         homes = [i for i, home in enumerate(self.placement.state) if home == "disk"]
         if homes and disk is None:
             raise InputError("disk: wanted a folder for layers whose home is the disk, got none")
-        kind = self.plans, homes, self.lanes, self.host, precision, training
+        kind = self.plans, homes, self.lanes, self.host, format
         self.disk_records = DiskRecords(disk, wanted, *kind) if homes else None
         self.owner = {name: i for i, plan in enumerate(self.plans) for name in plan.owned.names}
         count = len(self.layers)
@@ -267,9 +265,9 @@ class Store:
         return sum(plan.owned.parameters for plan in self.plans)
 
     def moment(self, kind: str, name: str) -> Tensor:
-        """`exp_avg` or `exp_avg_sq` of a parameter, fp32, as a tensor of its own on the CPU."""
+        """`exp_avg` or `exp_avg_sq` of a parameter as fp32, a tensor of its own on the CPU."""
         with self.record(self.owner[name]) as record:
-            return record.view(kind, name).to("cpu", copy=True)
+            return record.view(kind, name).to("cpu", torch.float32, copy=True)
 
     def read(self, name: str) -> Tensor:
         """The exact fp32 master of a parameter, as a tensor of its own on the CPU."""
@@ -304,25 +302,20 @@ class Store:
         self.gradients: list[Tensor | None] = [None] * len(indices)  # on the host, before AdamW there
         for i, plan in enumerate(self.plans):
             size, home, weights = plan.owned.size, place.state[i], place.weights[i]
-            nbytes = record_bytes(size, self.precision, self.training)
             if home == "disk":
                 if weights != "disk":
                     self.near[i] = self.host.allocate(size * width).view(self.dtype)
             else:
-                memory = (self.lanes if home == "device" else self.host).allocate(nbytes)
-                self.records[i] = Record(plan.owned, self.precision, self.training, memory)
+                memory = (self.lanes if home == "device" else self.host).allocate(size * self.format.record)
+                self.records[i] = Record(plan.owned, self.format, memory)
             if home == "device":
                 self.kept[i] = self.records[i].flat["working"]
             elif weights == "device":
                 self.kept[i] = self.lanes.allocate(size * width).view(self.dtype)
-            if self.training and (home == "host" or (home == "disk" and place.visits > 1)):
+            if self.format.training and (home == "host" or (home == "disk" and place.visits > 1)):
                 several = place.visits > 1
                 self.gradients[i] = self.host.allocate(plan.reads.size * 4 if several else size * width)
-        self._traffic = [
-            plan.owned.size * sum(2 * dtype.itemsize for dtype in sections(self.precision, True).values())
-            + plan.owned.size * width
-            for plan in self.plans
-        ]
+        self._traffic = [plan.owned.size * self.format.traffic for plan in self.plans]
         ring = [Buffer(f"slot {i}", self.lanes.allocate(wanted.slot)) for i in range(SLOTS)]
         self._slots = Ring(ring if wanted.slot else [])
         streamed = [[name for name in plan.reads.names if self.kept[self.owner[name]] is None] for plan in self.plans]
@@ -358,7 +351,7 @@ class Store:
                     there = parameter_view(self.kept[owner], layout, layout.names.index(name))
                 # swap_tensors keeps the object, so that ties hold; .data has a version counter of its own, for
                 # autograd takes a copy into any other part of the arena for a change of this one.
-                torch.utils.swap_tensors(parameter, nn.Parameter(there.data, requires_grad=self.training))
+                torch.utils.swap_tensors(parameter, nn.Parameter(there.data, requires_grad=self.format.training))
         self._nan = nan
 
     def _hide(self, parameter: nn.Parameter) -> None:

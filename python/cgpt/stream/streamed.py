@@ -26,9 +26,9 @@ from cgpt import checkpoint
 from cgpt.errors import InputError
 from cgpt.stream.devices import Device
 from cgpt.stream.executor import Batch, Executor
+from cgpt.stream.format import Format
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
-from cgpt.stream.record import DTYPES
 from cgpt.stream.selfcheck import check
 from cgpt.stream.store import Layer, Store
 
@@ -55,11 +55,12 @@ class Streamed:
             embedding) is one parameter. Their parameters' values are taken over as they are; modules on the meta
             device start at zero until `load`. Every parameter is trained; modules stay in train or eval mode as they
             are, and must not keep statistics from one forward to the next.
-        precision: "bf16", "fp16" or "fp32", of weights and activations.
+        precision: "bf16", "fp16" or "fp32", of weights and activations. moments: AdamW's, "fp32", or "bf16" rounded at
+            random: 4 bytes a parameter less.
         device: "cpu", "cuda", or a Device. placement: where everything lives (default: all on the device). disk: the
             file for what lives on the disk.
         beta1, beta2, eps, weight_decay, clip: AdamW's; vectors are not decayed; a clip of 0 is none.
-        seed: of the random numbers that modules draw.
+        seed: of the random numbers that modules draw, and of the rounding of bf16 moments.
         sample: token ids as large as the largest micro-batch, values aside; asked for where activations wait on the
             host and placement.boundary is 0, for the embedding is tried on it to find that size.
         selfcheck: whether the first step, where anything is streamed, first proves on a few layers that streaming
@@ -75,6 +76,7 @@ class Streamed:
         head: nn.Module,
         *,
         precision: str = "bf16",
+        moments: str = "fp32",
         device: str | Device = "cpu",
         placement: Placement | None = None,
         disk: str | None = None,
@@ -87,14 +89,15 @@ class Streamed:
         sample: Tensor | None = None,
         selfcheck: bool = True,
     ):
+        format = Format(precision, moments)
         layers = split_layers(embed, blocks, head)
         placement = placement or Placement.resident(len(layers))
         if len(placement.state) != len(layers):
             raise InputError(f"Streamed: wanted a placement of {len(layers)} layers, got one of {len(placement.state)}")
         if placement.activations == "host" and not placement.boundary:
-            placement = replace(placement, boundary=_boundary(embed, sample, precision))
+            placement = replace(placement, boundary=_boundary(embed, sample, format))
         given = {name: p.detach() for layer in layers for name, p in layer.parameters.items() if not p.is_meta}
-        self.store = Store(layers, precision, device, placement=placement, disk=disk)
+        self.store = Store(layers, format, device, placement=placement, disk=disk)
         for index, names in enumerate(self.store.owned):
             with self.store.record(index, writing=True) as record:
                 for name in names:
@@ -104,7 +107,9 @@ class Streamed:
             _move_buffers(layer.module, self.store.device)
         self._unchecked = selfcheck and placement != Placement.resident(len(layers))
         self.executor = Executor(self.store, seed=seed)
-        self.optimizer = AdamW(self.store, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, clip=clip)
+        self.optimizer = AdamW(
+            self.store, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, clip=clip, seed=seed
+        )
 
     def step(self, batches: Sequence[Batch], lr: float) -> Step:
         """One optimizer step over micro-batches of (ids, targets), as many to a visit as the placement has room for."""
@@ -203,13 +208,13 @@ def split_layers(embed: nn.Module, blocks: Sequence[nn.Module], head: nn.Module)
     return layers
 
 
-def _boundary(embed: nn.Module, sample: Tensor | None, precision: str) -> int:
+def _boundary(embed: nn.Module, sample: Tensor | None, format: Format) -> int:
     """Bytes of a micro-batch between two layers, from a trial of the embedding."""
     if sample is None:
         raise InputError("Streamed: activations on the host want placement.boundary, or a sample of token ids")
     where = next((parameter.device for parameter in embed.parameters()), sample.device)
     with torch.no_grad(), torch.random.fork_rng([where] if where.type == "cuda" else []):
-        nbytes = embed(sample.to(where)).numel() * DTYPES[precision].itemsize
+        nbytes = embed(sample.to(where)).numel() * format.working
     return -(-nbytes // 128) * 128
 
 
