@@ -13,6 +13,7 @@ from cgpt.model.parametrization import CEREBRAS, EXPONENTS, KINDS, Base, paramet
 from cgpt.model.presets import PRESETS
 from cgpt.stream.build import build
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
 
@@ -128,7 +129,7 @@ def test_rules_compose():
 
 
 def losses(config, steps=10):
-    _, store = build(config, "bf16", "cpu", placement=Placement.resident(config.n_layer + 2))
+    _, store = build(config, Format("bf16"), "cpu", placement=Placement.resident(config.n_layer + 2))
     store.initialise(lambda name, tensor: init_parameter(name, tensor, config, 0))
     executor, optimizer = Executor(store), AdamW(store)
     found = []

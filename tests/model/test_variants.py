@@ -15,6 +15,7 @@ from cgpt.model.init import init_parameter
 from cgpt.model.position import alibi_slopes
 from cgpt.stream.build import build, layers_of
 from cgpt.stream.executor import Executor
+from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.layout import layers_plan
 from cgpt.stream.optimizer import AdamW
@@ -123,7 +124,7 @@ def test_scales_of_one_are_not_in_the_graph():
 def three_steps(config, placement, folder, cut=False):
     """Losses of three steps, a greedy continuation and the masters; cut: the last step in another life."""
     where = {"placement": placement, "disk": str(folder)}
-    model, store = build(config, "bf16", "cpu", **where)
+    model, store = build(config, Format("bf16"), "cpu", **where)
     store.initialise(lambda name, tensor: init_parameter(name, tensor, config, 0))
     executor, optimizer = Executor(store), AdamW(store)
     losses = []
@@ -131,7 +132,7 @@ def three_steps(config, placement, folder, cut=False):
         if cut and step == 2:
             checkpoint.save(folder, store, step, {"optimizer": optimizer.state()})
             store.lanes.close()
-            model, store = build(config, "bf16", "cpu", **where)
+            model, store = build(config, Format("bf16"), "cpu", **where)
             executor, optimizer = Executor(store), AdamW(store)
             path, manifest, _ = checkpoint.newest(folder)
             checkpoint.load(path, store, manifest)
