@@ -24,7 +24,7 @@ class Preset:
     batch_schedule: (from_tokens, sequences) steps, see cgpt.schedule. Sequences are config.seq_len tokens
     long.
     steps: optimizer steps of the whole run. lr: the peak. decay: of cgpt.schedule.DECAYS. Weight decay spares
-    biases and LayerNorm.
+    biases and LayerNorm. parametrization: of cgpt.model.parametrization.KINDS, what the config's numbers follow.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Preset:
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     min_lr_ratio: float = 0.1
+    parametrization: str = "sp"
 
     @property
     def tokens(self) -> int:
@@ -98,7 +99,8 @@ _ROWS = (
 def _mup(row: Preset) -> Preset:
     """The muP form of a published row."""
     config = parametrize(row.config, "mup", CEREBRAS)
-    return replace(row, name=f"{row.name}-mup", config=config, lr=CEREBRAS.lr, decay="linear")
+    name = f"{row.name}-mup"
+    return replace(row, name=name, config=config, lr=CEREBRAS.lr, decay="linear", parametrization="mup")
 
 
 _PUBLISHED = _ROWS[2:]
