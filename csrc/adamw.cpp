@@ -1,7 +1,7 @@
-// The border of adamw. Of each parameter: param and grad in fp32, bf16 or fp16; exp_avg and exp_avg_sq fp32, or
-// bf16 with a seed on the CPU; master fp32; low int16 beside a bf16 param; all of one shape and one dense layout, on
-// one device, no two sharing memory. step (fp32 or int64), lr (fp32 or fp64), grad_scale (fp32) and the seed (int64)
-// are 0-d tensors on that device where they are tensors.
+// The border of adamw. Of each parameter: param and grad in fp32, bf16 or fp16; exp_avg and exp_avg_sq fp32, or bf16
+// with a seed; master fp32; low int16 beside a bf16 param; all of one shape and one dense layout, on one device, no two
+// sharing memory. step (fp32 or int64), lr (fp32 or fp64), grad_scale (fp32) and the seed (int64) are 0-d tensors on
+// that device where they are tensors.
 #include "adamw.h"
 
 #include <algorithm>
@@ -111,8 +111,6 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
     const std::vector<View>& rests = weights == Weights::master ? masters : lows;
     const View& first = params[0];
     const DType states = half_states ? DType::bf16 : DType::f32;
-    if (half_states && first.device == Device::cuda)
-        throw TypeError(std::string(kOp) + ": " + item("exp_avgs", 0) + " must be float32 on cuda, got bfloat16");
     std::vector<AdamWTensor> tensors;
     std::vector<Range> ranges;
     tensors.reserve(n);

@@ -29,7 +29,7 @@
 // exp_avg and exp_avg_sq are fp32, or both bf16, rounded at random by r's two halves: exp_avg by the upper 16 bits,
 // exp_avg_sq by the lower, r being counted with mix(key_j + 1 + 0x9e3779b9) for key_j. To nearest, exp_avg_sq would
 // stand still: at beta2 = 0.999 it moves by less than half of bf16's last bit. With a split master and a bf16 gradient
-// a step then moves 18 bytes a parameter instead of 26, on the CPU; the other kernels take fp32 moments.
+// a step then moves 18 bytes a parameter instead of 26. The Triton kernel takes fp32 moments alone.
 //
 // and i counts the elements as they lie in memory. mix is lowbias32, the hash of 32 bits by two multiplications with
 // the least bias that C. Wellons' search found (Prospecting for Hash Functions, 2018). A vector of a CPU does it lane
@@ -50,7 +50,7 @@ enum class Weights : uint8_t { plain, master, split, stochastic };
 struct AdamWTensor {
     void* param;
     const void* grad;
-    void *exp_avg, *exp_avg_sq;  // both of state_dtype: fp32, or bf16 on the CPU
+    void *exp_avg, *exp_avg_sq;  // both of state_dtype: fp32 or bf16
     void* rest;                  // fp32 master or int16 low half, else null
     const void* step;            // 0-d on the device, or null: AdamWHyper::step
     int64_t numel;

@@ -51,7 +51,7 @@ def adamw_(
     Args:
         params: fp32, bf16 or fp16. Without `masters` and `lows`, bf16 and fp16 are rounded to nearest every step.
         grads: fp32, bf16 or fp16, whatever the parameters are.
-        exp_avgs, exp_avg_sqs: fp32; on a CPU and with a seed also bf16, all of them, whatever else keeps the weights.
+        exp_avgs, exp_avg_sqs: fp32; with a seed also bf16, all of them, whatever else keeps the weights.
         step: an int, an fp32 or int64 tensor, or one such tensor a parameter. A tensor below 1 skips the update.
         lr: a number, or an fp32 or fp64 tensor.
         masters: fp32 weights behind bf16 or fp16 `params`, which receive them rounded to nearest even.
@@ -60,9 +60,9 @@ def adamw_(
         maximize: ascends.
         stochastic_rounding_seed: an int64, or an int64 tensor. The bf16 `params`, without masters and lows, and bf16
             `exp_avgs` and `exp_avg_sqs` are rounded up or down at random instead of to nearest, so that steps below
-            their last bit add up on average. The
-            random bits are a function of the seed, the step, the parameter's place in `params` and the element's in
-            memory, the same on every device (csrc/adamw.h states it): give lists that step together different seeds.
+            their last bit add up on average. The random bits are a function of the seed, the step, the parameter's
+            place in `params` and the element's in memory, the same on every device (csrc/adamw.h states it): give
+            lists that step together different seeds. The Triton kernel takes no seed.
 
     Raises:
         ValueError: for a wrong shape, layout, device or number. TypeError: for a wrong dtype.

@@ -33,30 +33,35 @@ def test_grad_norm(device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kept", ["plain", "split"])
+@pytest.mark.parametrize("kept", ["plain", "split", "split, bf16 moments"])
 def test_adamw_steps_with_its_step_on_the_device(device, kept):
     """Three steps, the bits of `adamw_ref` on the CPU."""
 
     def state():
         torch.manual_seed(1)
         masters, rest = [torch.randn(n) for n in (1, 33, 16_385)], {}
-        if kept == "split":
+        if kept != "plain":
             masters, rest["lows"] = (list(half) for half in zip(*map(cgpt_ext.split_master, masters), strict=True))
-        moments = [[torch.zeros(p.shape) for p in masters] for _ in range(2)]
+        half = kept.endswith("moments")
+        if half:
+            rest["stochastic_rounding_seed"] = 2**62 + 7
+        dtype = torch.bfloat16 if half else torch.float32
+        moments = [[torch.zeros(p.shape, dtype=dtype) for p in masters] for _ in range(2)]
         return masters, [torch.randn(p.shape).to(p.dtype) for p in masters], *moments, rest
 
     def moved(part):
-        return [x.to(device) for x in part]
+        return [x.to(device, copy=True) for x in part]
 
     params, grads, m, v, rest = state()
     ours = [moved(part) for part in (params, grads, m, v)]
-    ours_rest = {key: moved(part) for key, part in rest.items()}
+    ours_rest = rest | ({"lows": moved(rest["lows"])} if "lows" in rest else {})
     step, scale = torch.zeros((), device=device), torch.tensor(0.5)
     for t in (1, 2, 3):
         step.fill_(t)
         cgpt_ext.adamw_(*ours, step, grad_scale=scale.to(device), **HYPER, **ours_rest)
         cgpt_ext.adamw_ref(params, grads, m, v, t, grad_scale=scale, **HYPER, **rest)
-    for mine, theirs in zip([*ours[0], *ours[2], *ours[3]], [*params, *m, *v], strict=True):
+    kept_by_us = [*ours[0], *ours[2], *ours[3], *ours_rest.get("lows", [])]
+    for mine, theirs in zip(kept_by_us, [*params, *m, *v, *rest.get("lows", [])], strict=True):
         assert torch.equal(mine.cpu(), theirs)
 
 

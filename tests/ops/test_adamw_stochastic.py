@@ -192,3 +192,5 @@ def test_what_half_moments_need():
             half(torch.bfloat16, "split"),
             stochastic_rounding_seed=1,
         )
+        whole = State([(4,), (3,)], torch.bfloat16)
+        fails(ValueError, "seed must be None for the Triton kernel, got a seed", whole, stochastic_rounding_seed=1)

@@ -3,7 +3,8 @@ run then measures.
 
     down, up       copies of 64 MiB between host and device
     optimizer      AdamW on 4M parameters in the run's own format, on as many threads as its lane has
-    read, write    64 MiB each of the disk tier, both at once as in a run, before anything lies there
+    read, write    64 MiB each of the disk tier, both at once as in a run; what is read was written before, for a stretch
+                   of a new file that nobody has written costs nothing to read
     compute        the first step's own FLOPs over its own seconds: no model of a GEMM is needed
 """
 
@@ -38,10 +39,10 @@ def probe(store: Store) -> Rates:
     rates = {lane: nbytes / _seconds(store, {lane: work})[lane] for lane, work in copies.items()}
     rates |= {"read": NO_DISK, "write": NO_DISK}
     if store.disk is not None:
-        size = min(nbytes, store.disk.nbytes // (2 * BLOCK) * BLOCK)
-        works = {"write": store.disk.writer(0, here[:size])}
-        if size:
-            works["read"] = store.disk.reader(size, torch.zeros(size, dtype=torch.uint8))
+        size = min(nbytes, store.disk.nbytes // (2 * BLOCK) * BLOCK)  # a tier has several records, each some blocks
+        part = here[:size]
+        store.disk.writer(size, part)()
+        works = {"write": store.disk.writer(0, part), "read": store.disk.reader(size, torch.empty_like(part))}
         rates |= {lane: size / seconds for lane, seconds in _seconds(store, works).items()}
     step, moved = _adamw(store.format)
     return Rates(1.0, memory=moved / _seconds(store, {"optimizer": step})["optimizer"], **rates)
