@@ -17,13 +17,15 @@ import tyro
 
 from cgpt.errors import InputError
 from cgpt.files import write_atomically
-from cgpt.model.config import GPTConfig
-from cgpt.model.presets import PRESETS
+from cgpt.model.config import ACTIVATIONS, POSITIONS, GPTConfig, variant
+from cgpt.model.parametrization import CEREBRAS, KINDS, parametrize
+from cgpt.model.presets import PRESETS, Preset
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
 from cgpt.stream.format import Format
 from cgpt.stream.limits import parse_bytes
 
 CONFIG = "config.json"
+VARIANTS = ("positions", "activation", "embedding_norm")  # flags that are fields of the model's config
 RUNS = Path("runs")
 DEVICES = ("cpu", "cuda")
 
@@ -57,6 +59,17 @@ class TrainConfig:
     data: Text = None
     """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
     llm.c (default: moby-dick)."""
+    positions: Annotated[Literal["learned", "none", "rotary", "alibi"] | None, _flag("{learned,none,rotary,alibi}")] = (
+        None
+    )
+    """How tokens know their place (default: the preset's, which is learned)."""
+    activation: Annotated[Literal["gelu", "gelu_tanh", "swiglu"] | None, _flag("{gelu,gelu_tanh,swiglu}")] = None
+    """Of the MLP; swiglu makes it 2/3 as wide, for about as many parameters (default: the preset's, which is gelu)."""
+    embedding_norm: Switch = False
+    """A LayerNorm behind the embedding."""
+    parametrization: Annotated[Literal["sp", "mup", "completep"] | None, _flag("{sp,mup,completep}")] = None
+    """Rules that init, factors and learning rates follow. Others than the preset's start from the published base, 256
+    wide, and --lr from its 6e-3 (default: the preset's: mup where it is called -mup, else sp)."""
     steps: Int = None
     """Optimizer steps of the whole run (default: as many as see the preset's tokens)."""
     batch_size: Int = None
@@ -68,7 +81,7 @@ class TrainConfig:
     seq_len: Int = None
     """Tokens a sequence (default: the preset's). More than the preset has gives the model more positions."""
     lr: Float = None
-    """Peak learning rate (default: the preset's)."""
+    """Peak learning rate; under mup and completep the projections' is a fraction of it (default: the preset's)."""
     warmup_tokens: Int = None
     """Tokens of linear warm-up (default: the preset's, at most a fifth of the run)."""
     decay: Annotated[Literal["linear", "cosine", "constant"] | None, _flag("{linear,cosine,constant}")] = None
@@ -145,6 +158,7 @@ class Recipe:
     host_memory: int | None = None
     disk: str | None = None
     moments: str = "fp32"
+    parametrization: str = "sp"
 
     @property
     def format(self) -> Format:
@@ -178,6 +192,7 @@ def resolve(config: TrainConfig) -> Recipe:
     preset = PRESETS[name]
     _check(config)
     seq_len = config.seq_len or preset.config.seq_len
+    shape, lr = _shape(config, preset)
     schedule = _schedule(config) or preset.batch_schedule
     steps = config.steps or steps_for(preset.tokens, schedule, seq_len)
     total = tokens_after(steps, schedule, seq_len)
@@ -185,12 +200,12 @@ def resolve(config: TrainConfig) -> Recipe:
     recipe = Recipe(
         model=name,
         data=config.data or "moby-dick",
-        shape=replace(preset.config, seq_len=max(seq_len, preset.config.seq_len)),
+        shape=replace(shape, seq_len=max(seq_len, shape.seq_len)),
         steps=steps,
         batch_schedule=schedule,
         micro_batch_size=config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // seq_len),
         seq_len=seq_len,
-        lr=_given(config.lr, preset.lr),
+        lr=_given(config.lr, lr),
         warmup_tokens=_given(config.warmup_tokens, warmup),
         decay=config.decay or preset.decay,
         min_lr_ratio=_given(config.min_lr_ratio, preset.min_lr_ratio),
@@ -201,6 +216,7 @@ def resolve(config: TrainConfig) -> Recipe:
         clip=_given(config.clip, preset.grad_clip),
         precision=config.precision or "bf16",
         moments=config.moments or "fp32",
+        parametrization=config.parametrization or preset.parametrization,
         device=config.device or "cpu",
         seed=_given(config.seed, 0),
         eval_every=config.eval_every or max(1, steps // 10),
@@ -220,13 +236,13 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or field.name in ("out", "resume", "timeline"):
+        if value is None or value is False or field.name in ("out", "resume", "timeline"):
             continue
         value = _where(config).get(field.name, value)
         if field.name in ("batch_size", "batch_schedule"):
             before, value = saved.batch_schedule, _schedule(config)
         else:
-            before = getattr(saved, field.name)
+            before = getattr(saved.shape if field.name in VARIANTS else saved, field.name)
         if value == before:
             continue
         if field.name not in CHANGEABLE:
@@ -234,6 +250,14 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
             raise InputError(f"{flag}: the run in {folder} has {before}, got {value}; a resumed run keeps its recipe")
         changed[field.name] = value
     return replace(saved, **changed)
+
+
+def _shape(config: TrainConfig, preset: Preset) -> tuple[GPTConfig, float]:
+    """The model, and the peak learning rate that its numbers were tuned with."""
+    shape = variant(preset.config, config.positions, config.activation, config.embedding_norm or None)
+    if config.parametrization in (None, preset.parametrization):
+        return shape, preset.lr
+    return parametrize(shape, config.parametrization, CEREBRAS), CEREBRAS.lr
 
 
 def _where(config: TrainConfig) -> dict[str, Any]:
@@ -311,6 +335,9 @@ def _check(config: TrainConfig) -> None:
         "moments": ("fp32", "bf16"),
         "device": DEVICES,
         "decay": ("linear", "cosine", "constant"),
+        "positions": POSITIONS,
+        "activation": ACTIVATIONS,
+        "parametrization": KINDS,
         "placement": ("resident", "auto"),
     }
     for name, known in choices.items():
