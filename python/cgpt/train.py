@@ -72,7 +72,32 @@ def train(config: TrainConfig) -> Summary:
     SIGINT and SIGTERM finish the step, save, and return with `stopped_by`. Raises InputError for what a user can
     mend, a loss that is not finite among it, and OSError for files; the newest whole checkpoint then stays.
     """
-    run = open_run(config)
+    return train_job(job_of(config))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be trained. identity: of the data that a run which is resumed was begun on; None begins a new one."""
+
+    recipe: Recipe
+    folder: Path
+    identity: dict | None = None
+    timeline: bool = False
+
+
+def job_of(config: TrainConfig) -> Job:
+    """What `config` asks for. Raises InputError, naming the flag, where it makes no run."""
+    if not config.resume:
+        recipe = resolve(config)
+        return Job(recipe, new_folder(config, recipe), None, config.timeline)
+    folder = resumed_folder(config)
+    saved, identity = read_config(folder)
+    return Job(resolve_resumed(config, saved, folder), folder, identity, config.timeline)
+
+
+def train_job(job: Job) -> Summary:
+    """`train`, of a recipe that need not have come from the command line."""
+    run = open_run(job)
     with contextlib.closing(run.lock), contextlib.closing(run.store):
         return to_the_end(run)
 
@@ -171,15 +196,9 @@ class Run:
     saving: Saving | None = None
 
 
-def open_run(config: TrainConfig) -> Run:
+def open_run(job: Job) -> Run:
     """Everything a run needs, checked in the order of cost; a new run's folder is made only once all of it holds."""
-    if config.resume:
-        folder = resumed_folder(config)
-        saved, identity = read_config(folder)
-        recipe = resolve_resumed(config, saved, folder)
-    else:
-        recipe, identity = resolve(config), None
-        folder = new_folder(config, recipe)
+    recipe, folder, identity, resumed = job.recipe, job.folder, job.identity, job.identity is not None
     implementations = implementations_on(recipe.device)
     placed = place_run(recipe)
     if not placed.streams:  # a run that streams counts on freed memory being free
@@ -196,7 +215,7 @@ def open_run(config: TrainConfig) -> Run:
 
     if placed.streams:
         check_machine(recipe.format, recipe.device, placed.placement, recipe.disk)
-    timeline = Timeline() if config.timeline or placed.streams else None
+    timeline = Timeline() if job.timeline or placed.streams else None
     device = open_device(recipe.device, placed.account.needs.device, timeline=timeline)
     model, store = build(recipe.shape, recipe.format, device, placement=placed.placement, disk=recipe.disk)
     optimizer = AdamW(
@@ -207,15 +226,16 @@ def open_run(config: TrainConfig) -> Run:
         weight_decay=recipe.weight_decay,
         clip=recipe.clip,
         seed=recipe.seed,
+        scales=recipe.shape,
     )
     loader = Loader(train_split, recipe.seq_len, recipe.seed)
     held_out = Loader(val_split, recipe.seq_len)
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)
     try:
-        lanes = LaneReport(store, probe(store) if placed.streams else None, config.timeline, recipe.shape.d_model)
+        lanes = LaneReport(store, probe(store) if placed.streams else None, job.timeline, recipe.shape.d_model)
         run = Run(recipe, folder, dataset, loader, held_out, model, store, Executor(store), optimizer, lock, lanes)
-        if config.resume:
+        if resumed:
             go_on(run)
         if not run.step:
             store.initialise(lambda name, tensor: init_parameter(name, tensor, recipe.shape, recipe.seed))
@@ -225,7 +245,7 @@ def open_run(config: TrainConfig) -> Run:
         if placed.streams:
             console.say(f"placed   {describe(placed)}")
             console.say(f"threads  {torch.get_num_threads()} compute, {device.optimizer_threads} AdamW's on the host")
-        if config.resume:
+        if resumed:
             console.say(f"resumed  at step {run.step} of {recipe.steps}, from {run.checkpoint or 'the start'}")
     except BaseException:
         lock.close()
