@@ -210,12 +210,11 @@ class Pair:
         return row | self._compared()
 
     def _compared(self) -> Row:
-        ours, theirs = (self.found[name] for name in self.names)
-        row = {"equal": ours == theirs, "steps_compared": min(len(ours), len(theirs))}
+        same = [ours == theirs for ours, theirs in zip(*self.found.values(), strict=False)]  # the second may be behind
+        row = {"equal": all(same), "steps_compared": len(same)}
         if not row["equal"]:
-            same = [a == b for a, b in zip(ours, theirs, strict=False)]
-            at = same.index(False) if False in same else len(same)
-            row["difference"] = f"step {at + 1}: {ours[at : at + 1]} and {theirs[at : at + 1]}"
+            at = same.index(False)
+            row["difference"] = f"step {at + 1}: {', '.join(str(found[at]) for found in self.found.values())}"
         return row
 
 
@@ -283,8 +282,8 @@ def _large(bench: Bench, model: str, share: float) -> Iterator[str | Row]:
             "reserved": None if bench.tiny else torch.cuda.max_memory_reserved(),
         }
         row["host_bytes"] = {"planned": planned.host, "peak": peak_memory_bytes(), "before": before}
-        row["pinned"] = not bench.tiny and host.nbytes > 0 and host.why_not_pinned is None
         row["why_not_pinned"] = "no GPU" if bench.tiny else host.why_not_pinned
+        row["pinned"] = row["why_not_pinned"] is None
     yield row
 
 

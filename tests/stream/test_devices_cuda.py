@@ -3,12 +3,15 @@
 import contextlib
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+from test_streaming import COUNT, PLACEMENTS, assert_same, train
 
 from cgpt.stream import devices_cuda
 from cgpt.stream.devices_cuda import CudaDevice, StreamEvent
+from cgpt.stream.placement import Placement
 from cgpt.stream.timeline import Timeline
 
 
@@ -252,3 +255,51 @@ def test_a_number_that_is_read_notes_what_it_waited_for(cuda):
     made.settle()
     assert device.number(value) == 2.5
     assert [span.what for span in timeline.spans()] == ["head norm"]
+
+
+class Late:
+    """CUDA as far as the lanes see it, on the CPU: a copy is done when its stream is waited for, and takes NaN from a
+    tensor that is gone by then."""
+
+    def __init__(self, monkeypatch):
+        cuda, plain, start = Cuda(monkeypatch), torch.Tensor.copy_, CudaDevice._start
+        self.copies = 0
+        pending = {}
+
+        def copy_(there, here, non_blocking=False):
+            if not non_blocking:
+                return plain(there, here)
+            whole = here if here._base is None else here._base
+            stretch = here.storage_offset(), here.shape
+            pending.setdefault(threading.get_ident(), []).append((there, weakref.ref(whole), stretch))
+            return there
+
+        def finish():
+            for there, whole, (start, shape) in pending.pop(threading.get_ident(), ()):
+                self.copies += 1
+                if whole() is None:
+                    there.fill_(float("nan"))
+                else:
+                    plain(there, whole().as_strided(shape, there.stride(), start))
+
+        def on_the_cpu(device, _, *rest):
+            start(device, torch.device("cpu"), *rest)
+
+        cuda.when_synchronized = finish
+        monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+        monkeypatch.setattr(torch.cuda.Event, "query", lambda self: True)
+        monkeypatch.setattr(CudaDevice, "_start", on_the_cpu)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("name", ["host", "mixed", "disk"])
+@pytest.mark.parametrize("activations", ["device", "host"])
+def test_copies_that_end_late_change_no_bit(monkeypatch, tmp_path, name, activations, together):
+    setting = {"sizes": (2, 1), "steps": 3, "together": together}
+    wanted = train(Placement.resident(COUNT), **setting)
+    late = Late(monkeypatch)
+    monkeypatch.setattr(devices_cuda, "PIECE", 1 << 10)
+    placement = replace(PLACEMENTS[name], activations=activations)
+    got = train(placement, disk=str(tmp_path), device=CudaDevice(0, 1 << 20, optimizer_threads=1), **setting)
+    assert late.copies > 20
+    assert_same(got, wanted)
