@@ -25,7 +25,7 @@ from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS
 from cgpt.stream.account import account
 from cgpt.stream.gpt_plans import gpt_plans
-from cgpt.stream.limits import bytes_text
+from cgpt.stream.limits import bytes_text, limits
 from cgpt.stream.placement import Placement
 from cgpt.stream.planner import DoesNotFit, Setting
 from cgpt.stream.selfcheck import check_machine
@@ -241,7 +241,7 @@ def large(model: str):
 def _large(bench: Bench, model: str, share: float) -> Iterator[str | Row]:
     shape, row = bench.shape(model), {"case": model, "layers_of_model": bench.shape(model).n_layer}
     budgets = tiny_budgets(bench, shape, fewer=2 if model == "13B" else 0) if bench.tiny else free_memory(bench, share)
-    row["budgets"] = {"device": budgets.device, "host": budgets.host}
+    row["budgets"] = {"device": budgets.device, "host": budgets.host, "host_free": limits().host}
     try:
         setting, placement = placed(bench, shape, budgets)
     except DoesNotFit as refusal:
