@@ -31,8 +31,8 @@ from cgpt.stream.planner import DoesNotFit, Setting
 from cgpt.stream.selfcheck import check_machine
 from cgpt.stream.snapshot import Snapshot
 from gpu_training import (
+    FORMAT,
     PLENTY,
-    PRECISION,
     Bench,
     Row,
     Training,
@@ -74,7 +74,7 @@ def checks(bench: Bench) -> Iterator[str | Row]:
             yield f"self-check, {name}"
             begin, row = time.monotonic(), {"case": f"self-check, {name}"}
             try:
-                check_machine(PRECISION, bench.device, placement, folder)
+                check_machine(FORMAT, bench.device, placement, folder)
                 row["equal"] = True
             except InputError as error:
                 row |= {"equal": False, "difference": str(error)}
@@ -86,7 +86,7 @@ def checks(bench: Bench) -> Iterator[str | Row]:
 def _checkpoint(bench: Bench, placement: Placement, folder: Path) -> Row:
     """Saves after half of the steps, once with training at a standstill and once with training going on."""
     shape = replace(bench.shape("111M"), n_layer=4)
-    setting = Setting(PRECISION, bench.visit // 4, shape.d_model, beside=bench.beside)
+    setting = Setting(FORMAT, bench.visit // 4, shape.d_model, beside=bench.beside)
     found, row = {}, {"case": "checkpoint beside training"}
     for beside in (False, True):
         saves = folder / f"saves {beside}"
@@ -132,7 +132,7 @@ def against_resident(bench: Bench) -> Iterator[str | Row]:
     resident = replace(resident, recompute=streamed.recompute, micro_batches=setting.micro_batches, visits=most)
     places = {"resident": resident, "streamed": streamed}
     needs = [
-        account(plans, where, PRECISION, setting.micro_batch_tokens, shape.d_model, bench.beside).device
+        account(plans, where, FORMAT, setting.micro_batch_tokens, shape.d_model, bench.beside).device
         for where in places.values()
     ]
     together = sum(needs) <= budgets.device

@@ -33,7 +33,8 @@ from cgpt.stream.probe import flops_of, probe
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
 
-PRECISION, LR = "bf16", 1e-4
+FORMAT = "bf16"  # of weights and activations
+LR = 1e-4
 VISIT = 16384  # tokens
 STEPS_KEPT = 5  # on the timeline
 HOST_RESERVE = 5 << 30  # bytes left to the driver and to this process
@@ -87,10 +88,10 @@ class Training:
     def __init__(self, bench: Bench, shape: GPTConfig, placement: Placement, setting: Setting, disk: str | None = None):
         self.shape, self.setting, self.number, self.turns = shape, setting, 0, 0
         plans = gpt_plans(shape)
-        self.account = account(plans, placement, PRECISION, setting.micro_batch_tokens, shape.d_model, bench.beside)
+        self.account = account(plans, placement, FORMAT, setting.micro_batch_tokens, shape.d_model, bench.beside)
         self.timeline = Timeline(STEPS_KEPT)
         lanes = open_device(bench.device, self.account.needs.device, timeline=self.timeline)
-        _, self.store = build(shape, PRECISION, lanes, placement=placement, disk=disk)
+        _, self.store = build(shape, FORMAT, lanes, placement=placement, disk=disk)
         _fill(self.store)
         self.executor, self.optimizer = Executor(self.store), AdamW(self.store)
 
@@ -154,7 +155,7 @@ def placed(bench: Bench, shape: GPTConfig, budgets: Budgets, visits: int = 1, **
     """With the largest micro-batches that fit. Raises DoesNotFit, of the smallest."""
     each = bench.visit
     while True:
-        setting = Setting(PRECISION, each, shape.d_model, bench.visit // each, visits, bench.beside)
+        setting = Setting(FORMAT, each, shape.d_model, bench.visit // each, visits, bench.beside)
         try:
             return setting, place(gpt_plans(shape), budgets, setting, **options)
         except DoesNotFit:
@@ -190,7 +191,7 @@ def tiny_budgets(bench: Bench, shape: GPTConfig, fewer: int) -> Budgets:
     """Room for a model of so many layers fewer, with nothing at home on the device."""
     shape = replace(shape, n_layer=shape.n_layer - fewer)
     setting, placement = placed(bench, shape, PLENTY, most_state=0, most_weights=0)
-    there = account(gpt_plans(shape), placement, PRECISION, setting.micro_batch_tokens, shape.d_model, bench.beside)
+    there = account(gpt_plans(shape), placement, FORMAT, setting.micro_batch_tokens, shape.d_model, bench.beside)
     return Budgets(there.device, there.host)
 
 
@@ -240,7 +241,7 @@ def told(bench: Bench, training: Training, rates: Rates, tokens: int, trace: str
     steady = [number for number in timeline.steps() if number > 2]  # the first compiles, the second is the first whole
     rates = replace(rates, flops=max(1.0, flops_of(timeline, min(steady, default=last))))
     memory = bench.hardware and bench.hardware.bandwidth
-    work = Work(PRECISION, tokens, training.shape.d_model, device_memory=memory)
+    work = Work(FORMAT, tokens, training.shape.d_model, device_memory=memory)
     predicted, busy = forecast(store.plans, store.placement, rates, work), timeline.busy(last)
     if trace is not None:
         timeline.write(bench.out / f"streamed-{trace}.json")

@@ -30,7 +30,7 @@ def bench(tmp_path):
 
 def test_models_that_do_not_fit_together_step_one_after_the_other(bench, monkeypatch):
     plans = gpt_plans(gpu_training.TINY)
-    alone = account(plans, Placement.resident(len(plans)), "bf16", 64, 64, "host").device
+    alone = account(plans, Placement.resident(len(plans)), gpu_training.FORMAT, 64, 64, "host").device
     monkeypatch.setattr(gpu_streaming, "PLENTY", Budgets(alone + 4096, 1 << 40))
     monkeypatch.setattr(gpu_streaming, "ROUNDS", {"one visit": 2, "a step of the preset's": 1})
     rows = rows_of(gpu_streaming.against_resident, bench)
