@@ -38,7 +38,7 @@ PARTS = {
     "embedding": 12,
     "rotary": 10,
 }
-STREAMING = {"streaming checks": 40, "streaming 1.3B": 145, "streaming 6.7B": 85, "streaming 13B": 130}
+STREAMING = {"streaming checks": 50, "streaming 1.3B": 145, "streaming 6.7B": 85, "streaming 13B": 130}
 START = 6  # seconds until a streaming part's process has begun
 LEAST = 0.5  # of a streaming part's seconds; with less it is skipped
 GRACE = 45  # past a part's time before its process is ended: a case under way may be compiling

@@ -1,6 +1,6 @@
 """What bench/gpu.py measures of weight streaming, each part in a process of its own.
 
-    checks       the start-up self-check for every kind of place; a checkpoint that is saved while training goes on
+    checks       the start-up self-check for every kind of place; a hunt for races; a checkpoint beside training
     1.3B         all state on the host against all on the device, recomputing alike: turns A B A B in one process
     6.7B, 13B    placed by the planner in the memory that is free: what was predicted beside what was measured
 
@@ -49,12 +49,13 @@ from gpu_training import (
 AIM = 0.97  # of the resident model's speed
 STEPS = 5  # timed, of the large models; the first of all is not
 ROUNDS = {"one visit": 6, "a step of the preset's": 3}  # at most
+HUNTS = 8  # seeds
 TURN = 4  # timed steps of one visit
 DEVICE_SHARES = 0.92, 0.8  # of the free device memory, for the planner; the second where the first was too much
 
 
 def checks(bench: Bench) -> Iterator[str | Row]:
-    """The self-check, and a checkpoint beside training."""
+    """The self-check, a hunt for races, and a checkpoint beside training."""
     far, here = ("host",) * 6, ("device",) * 2
     again = (True,) * 6
     places = {
@@ -79,14 +80,38 @@ def checks(bench: Bench) -> Iterator[str | Row]:
             except InputError as error:
                 row |= {"equal": False, "difference": str(error)}
             yield row | {"seconds": time.monotonic() - begin}
+        yield "hunting for races"
+        yield _hunt(bench, mixed, folder)
         yield "a checkpoint beside training"
         yield _checkpoint(bench, mixed, Path(folder))
 
 
+def _small(bench: Bench) -> tuple[GPTConfig, Setting]:
+    """Of four blocks, and a micro-batch a visit."""
+    shape = replace(bench.shape("111M"), n_layer=4)
+    return shape, Setting(FORMAT, bench.visit // 4, shape.d_model, beside=bench.beside)
+
+
+def _hunt(bench: Bench, placement: Placement, folder: str) -> Row:
+    """Steps with random delays in every lane and NaN in whatever memory is given back, against steps in memory."""
+    shape, setting = _small(bench)
+    begin, wanted, wrong = time.monotonic(), None, []
+    for seed in (None, *range(2 if bench.tiny else HUNTS)):
+        place = Placement.resident(len(placement.state)) if seed is None else replace(placement, aside=None)
+        with Training(bench, shape, place, setting, folder, hunt=seed) as training:
+            steps = [training.step(training.batches(1)) for _ in range(3)]
+            training.store.settle()
+            found = steps, {name: training.store.read(name) for name in training.store.names()}
+        wanted = wanted or found
+        if found[0] != wanted[0] or not all(torch.equal(value, wanted[1][name]) for name, value in found[1].items()):
+            wrong.append(seed)
+    row = {"case": f"hunting for races, {seed + 1} seeds", "equal": not wrong, "seconds": time.monotonic() - begin}
+    return row | ({"difference": f"seeds {wrong}"} if wrong else {})
+
+
 def _checkpoint(bench: Bench, placement: Placement, folder: Path) -> Row:
     """Saves after half of the steps, once with training at a standstill and once with training going on."""
-    shape = replace(bench.shape("111M"), n_layer=4)
-    setting = Setting(FORMAT, bench.visit // 4, shape.d_model, beside=bench.beside)
+    shape, setting = _small(bench)
     found, row = {}, {"case": "checkpoint beside training"}
     for beside in (False, True):
         saves = folder / f"saves {beside}"
@@ -318,6 +343,7 @@ def describe(row: Row) -> str:
         f"{row['predicted_seconds']:.3g} s); seconds predicted / measured: {lanes}; device {device['peak']} of "
         f"{device['planned']} planned, host {host['peak']} of {host['planned']}, {pinned}"
         + (f"; whole model refused: {row['refused']}" if "refused" in row else "")
+        + (f"; skipped {row['skipped']}" if "skipped" in row else "")
     )
 
 

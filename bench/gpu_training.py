@@ -85,12 +85,20 @@ class Bench:
 class Training:
     """A model of random weights whose steps are timed."""
 
-    def __init__(self, bench: Bench, shape: GPTConfig, placement: Placement, setting: Setting, disk: str | None = None):
+    def __init__(
+        self,
+        bench: Bench,
+        shape: GPTConfig,
+        placement: Placement,
+        setting: Setting,
+        disk: str | None = None,
+        hunt: int | None = None,
+    ):
         self.shape, self.setting, self.number, self.turns = shape, setting, 0, 0
         plans = gpt_plans(shape)
         self.account = account(plans, placement, FORMAT, setting.micro_batch_tokens, shape.d_model, bench.beside)
         self.timeline = Timeline(STEPS_KEPT)
-        lanes = open_device(bench.device, self.account.needs.device, timeline=self.timeline)
+        lanes = open_device(bench.device, self.account.needs.device, timeline=self.timeline, hunt=hunt)
         _, self.store = build(shape, FORMAT, lanes, placement=placement, disk=disk)
         _fill(self.store)
         self.executor, self.optimizer = Executor(self.store), AdamW(self.store)
