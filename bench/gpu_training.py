@@ -112,10 +112,8 @@ class Training:
     def batches(self, visits: int) -> list:
         """Random tokens, as many visits of micro-batches; another draw every time, the same for every Training."""
         self.turns += 1
-        generator, rows = (
-            torch.Generator().manual_seed(self.turns),
-            self.setting.micro_batch_tokens // self.shape.seq_len,
-        )
+        generator = torch.Generator().manual_seed(self.turns)
+        rows = self.setting.micro_batch_tokens // self.shape.seq_len
 
         def micro_batch() -> tuple:
             drawn = torch.randint(self.shape.vocab_size, (rows, self.shape.seq_len + 1), generator=generator)
