@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,12 +36,14 @@ from torch import Tensor
 from cgpt.errors import InputError
 from cgpt.files import read_signed_json, sha256_of, sync_folder, write_signed_json
 from cgpt.model.gpt import GPT
-from cgpt.recipe import Recipe, read_config
 from cgpt.stream.build import build
 from cgpt.stream.format import MOMENTS
 from cgpt.stream.record import Record
 from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store
+
+if TYPE_CHECKING:
+    from cgpt.recipe import Recipe
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -154,6 +157,8 @@ def newest(folder: Path) -> tuple[Path, dict, list[str]]:
 
 def open_trained(run: Path, device: str = "cpu") -> tuple[Recipe, dict, GPT, Store]:
     """A run's (recipe, identity of its data, model, store) for reading: weights of its newest whole checkpoint."""
+    from cgpt.recipe import read_config  # which needs tyro; saving a model that streams does not
+
     recipe, identity = read_config(run)
     path, manifest, _ = newest(run / CHECKPOINTS)
     model, store = build(recipe.shape, replace(recipe.format, training=False), device)
