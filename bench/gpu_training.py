@@ -22,6 +22,7 @@ from cgpt.stream.build import build
 from cgpt.stream.devices import open_device
 from cgpt.stream.executor import Executor
 from cgpt.stream.forecast import Rates, Work, forecast
+from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.hardware import DEVICES, Hardware
 from cgpt.stream.host import HostMemory
@@ -33,7 +34,7 @@ from cgpt.stream.probe import flops_of, probe
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
 
-FORMAT = "bf16"  # of weights and activations
+FORMAT = Format("bf16")
 LR = 1e-4
 VISIT = 16384  # tokens
 STEPS_KEPT = 5  # on the timeline
