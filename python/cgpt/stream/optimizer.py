@@ -92,8 +92,9 @@ class AdamW:
         norm = gradients.norm / self.loss_scale
         clip = self.clip / norm if self.clip and norm > self.clip else 1.0
         self.updates += 1
+        scales = self._on_each_device(clip / self.loss_scale)
         for index, layer in enumerate(self.store.layers):  # in forward order: the next step's walk asks in that order
-            work = self._update_of(gradients, index, clip / self.loss_scale, lr)
+            work = self._update_of(gradients, index, scales, lr)
             if work is not None:
                 ready = [gradients.ready[index]] if index in gradients.ready else []
                 self.store.update(index, f"{layer.name} AdamW", work, ready)
@@ -103,14 +104,20 @@ class AdamW:
             self.good_steps = 0
         return True
 
-    def _update_of(self, gradients: Gradients, index: int, grad_scale: float, lr: float) -> Update | None:
+    def _on_each_device(self, number: float) -> dict[bool, torch.Tensor]:
+        """As fp32 where records are updated, by whether that is the device: made once a step, for that waits for it."""
+        tiers = {home == "device" for home in self.store.placement.state}
+        devices = {tier: self.store.device if tier else torch.device("cpu") for tier in tiers}
+        return {tier: torch.tensor(number, dtype=torch.float32, device=device) for tier, device in devices.items()}
+
+    def _update_of(
+        self, gradients: Gradients, index: int, scales: dict[bool, torch.Tensor], lr: float
+    ) -> Update | None:
         """What updates a record of layer `index` when called; None where nothing of it has a gradient."""
         found = {name: gradients.by_name[name] for name in self.store.owned[index] if name in gradients.by_name}
         if not found:
             return None
-        updates = self.updates
-        device = self.store.device if self.store.placement.state[index] == "device" else "cpu"
-        scale = torch.tensor(grad_scale, dtype=torch.float32, device=device)
+        updates, scale = self.updates, scales[self.store.placement.state[index] == "device"]
 
         def work(record: Record, beside: torch.Tensor | None) -> None:
             mine = found
