@@ -1,6 +1,6 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   eval   generate   data prepare   data info   info
+    train   plan   fit   eval   generate   data prepare   data info   info
 
 Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
 (128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
@@ -141,6 +141,29 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A scaling law from training runs: coefficients with intervals, the best use of compute, what larger runs reach.
+
+    power: loss over FLOPs. envelope: the best size at each budget, from training curves. isoflop: the same, from
+    several sizes at each of a few budgets. parametric: loss over parameters and tokens.
+    """
+
+    data: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA...", help_behavior_hint="")]
+    """Run folders, folders of them, and CSV files with columns params, tokens, flops, loss. Two of the first three give
+    the third: flops = 6 params tokens."""
+    method: Literal["power", "envelope", "isoflop", "parametric"] = "parametric"
+    """What to fit."""
+    bootstrap: int = 200
+    """Samples for the 95 % intervals, 0 for none."""
+    seed: int = 0
+    """Of the samples."""
+    json: Switch = False
+    """Print JSON."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Draw points, fit and what it foretells (.png, .svg, .pdf)."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Presets with their exact sizes, and which implementation serves each op on this machine, and why."""
 
@@ -151,6 +174,7 @@ class Info:
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Fit, tyro.conf.subcommand("fit")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Data, tyro.conf.subcommand("data")]
@@ -219,7 +243,8 @@ def run(command) -> int:
         return _train(command)
     if isinstance(command, Data):
         command = command.command
-    steps = {Plan: _plan, Eval: _eval, Generate: _generate, Prepare: _prepare, DataInfo: _data_info, Info: _info}
+    steps = {Plan: _plan, Fit: _fit, Eval: _eval, Generate: _generate}
+    steps |= {Prepare: _prepare, DataInfo: _data_info, Info: _info}
     steps[type(command)](command)
     return 0
 
@@ -252,6 +277,20 @@ def _plan(command: Plan) -> None:
         )
     )
     print(json.dumps(to_dict(found), indent=1) if command.json else show(found))
+
+
+def _fit(command: Fit) -> None:
+    from cgpt import fit_report
+    from cgpt.scaling.fit import fit
+    from cgpt.scaling.points import read_points
+
+    if command.plot:
+        fit_report.check_picture(command.plot)
+    points = read_points(command.data, curves=command.method == "envelope")
+    fitted = fit(points, command.method, command.bootstrap, command.seed)
+    print(json.dumps(fit_report.to_dict(fitted), indent=1) if command.json else fit_report.show(fitted))
+    if command.plot:
+        fit_report.plot(fitted, command.plot)
 
 
 def _eval(command: Eval) -> None:

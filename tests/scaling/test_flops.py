@@ -1,5 +1,7 @@
 """FLOPs per token and per run against the published table."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from cgpt.model.config import GPTConfig
@@ -30,11 +32,24 @@ def test_every_published_figure_to_two_digits(name):
 
 def test_breakdown_by_hand():
     flops = flops_per_token(SMALL)
-    assert flops.projections == 6 * 2 * (4 * 32**2 + 2 * 32 * 100)
+    assert flops.projections == 6 * 2 * 4 * 32**2
+    assert flops.mlp == 6 * 2 * 2 * 32 * 100
     assert flops.attention == 24 * 2 * 64 * 32
     assert flops.vocabulary == 10 * 1000 * 32
     assert flops.softmax == 9 * 4 * 64 * 2
-    assert flops.total == flops.projections + flops.attention + flops.vocabulary + flops.softmax
+    parts = flops.to_dict()
+    assert parts.pop("six_n") == 6 * SMALL.n_params
+    assert parts.pop("total") == sum(parts.values()) == flops.total
+    assert flops.forward == flops.total / 3
+
+
+def test_a_gated_mlp_has_three_matrices():
+    """SwiGLU of two thirds of the width costs what two matrices of the whole width do."""
+    gated = SimpleNamespace(**{**SMALL.to_dict(), "d_ff": 96, "activation": "swiglu", "n_params": 0})
+    plain = SimpleNamespace(**{**SMALL.to_dict(), "d_ff": 144, "n_params": 0})
+    assert flops_per_token(gated).mlp == 6 * 2 * 3 * 32 * 96
+    assert flops_per_token(gated).total == flops_per_token(plain).total
+    assert matmul_flops_per_token(gated) == matmul_flops_per_token(plain)
 
 
 def test_matrix_products_counted_one_by_one():
