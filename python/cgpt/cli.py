@@ -1,6 +1,6 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   fit   eval   generate   data prepare   data info   info
+    train   plan   fit   sweep   ablate   eval   generate   data prepare   data info   info
 
 Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
 (128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
@@ -25,6 +25,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
+from cgpt.experiments.flags import Ablate, Sweep
 from cgpt.recipe import Float, Int, Switch, Text, TrainConfig
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -175,6 +176,8 @@ Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Data, tyro.conf.subcommand("data")]
@@ -241,6 +244,8 @@ def run(command) -> int:
     """Runs a parsed command."""
     if isinstance(command, TrainConfig):
         return _train(command)
+    if isinstance(command, Sweep | Ablate):
+        return _experiment(command)
     if isinstance(command, Data):
         command = command.command
     steps = {Plan: _plan, Fit: _fit, Eval: _eval, Generate: _generate}
@@ -254,6 +259,18 @@ def _train(config: TrainConfig) -> int:
 
     summary = train(config)
     return 128 + summary.stopped_by if summary.stopped_by else 0
+
+
+def _experiment(command: Sweep | Ablate) -> int:
+    from cgpt.experiments.commands import run_ablate, run_sweep
+    from cgpt.experiments.matrix import Stopped
+
+    try:
+        run_sweep(command) if isinstance(command, Sweep) else run_ablate(command)
+    except Stopped as stopped:
+        print("cgpt: stopped, saved; the same command goes on", file=sys.stderr)
+        return 128 + stopped.signal
+    return 0
 
 
 def _plan(command: Plan) -> None:

@@ -28,7 +28,7 @@ from cgpt.data.loader import Loader, train_val_split, unigram_loss
 from cgpt.data.prepare import open_corpus
 from cgpt.data.shards import TokenDataset
 from cgpt.data.tokenizer import EOT, gpt2
-from cgpt.errors import InputError
+from cgpt.errors import Diverged, InputError
 from cgpt.evaluate.generate import generate
 from cgpt.evaluate.loss import HeldOut, held_out_loss, identity_of, to_device, windows_within
 from cgpt.files import lock_folder
@@ -271,7 +271,7 @@ def go_on(run: Run) -> None:
 
 
 def one_step(run: Run) -> dict:
-    """Moves the run one optimizer step on; returns its row of metrics. Raises InputError for a loss not finite."""
+    """Moves the run one optimizer step on; returns its row of metrics. Raises Diverged for a loss not finite."""
     recipe, began = run.recipe, time.perf_counter()
     size = batch_at(recipe, run.samples * recipe.seq_len)
     tokens = (run.samples + size) * recipe.seq_len
@@ -287,7 +287,7 @@ def one_step(run: Run) -> dict:
     gradients = run.executor.gradients(visits(run, size), scale)
     if not math.isfinite(gradients.loss):
         finish_saving(run)
-        raise InputError(
+        raise Diverged(
             f"loss: wanted a finite number, got {gradients.loss} at step {run.step + 1} (lr {lr:.3g}); "
             f"last good checkpoint: {run.checkpoint or 'none'}"
         )
