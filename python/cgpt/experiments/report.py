@@ -114,7 +114,7 @@ def plot_ablate(path: Path, outcomes: Sequence[Outcome]) -> Path:
         ", ".join((c["positions"], c["activation"], f"norm {c['embedding_norm']}")) for c in (r.choices for r in rows)
     ]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("held-out loss, nats per token: seeds and their mean")
     return _write(figure, path)
 
