@@ -220,7 +220,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(here, monkeypatch, slow_
     one_step = train.one_step
 
     def noting(run):
-        saved[run.step] = run.saving is not None, run.checkpoint and run.checkpoint.name
+        saved[run.step] = run.checkpoints.saving is not None, run.checkpoints.newest and run.checkpoints.newest.name
         return one_step(run)
 
     monkeypatch.setattr(train, "one_step", noting)
@@ -242,7 +242,7 @@ def test_an_error_leaves_only_once_the_checkpoint_is_whole(here, monkeypatch, sl
 
     def failing(run):
         if run.step == 4:
-            assert run.saving is not None
+            assert run.checkpoints.saving is not None
             raise error
         return one_step(run)
 

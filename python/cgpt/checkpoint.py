@@ -21,7 +21,6 @@ import math
 import os
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -100,42 +99,6 @@ def save(folder: Path, source: Store | Snapshot, step: int, state: dict, keep: i
             _remove(folder / old)
         failpoint("old one removed")
     return final
-
-
-class Saving:
-    """A checkpoint on its way to the disk while training goes on: `save` of a snapshot, on a thread of its own.
-
-    The thread is no daemon: an interpreter that ends, for whatever reason, ends after it.
-    """
-
-    def __init__(self, folder: Path, snapshot: Snapshot, step: int, state: dict, keep: int):
-        self._path: Path | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(folder, snapshot, step, state, keep), name="checkpoint")
-        try:
-            self._thread.start()
-        except BaseException:
-            snapshot.drop()
-            raise
-
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self) -> Path:
-        """The checkpoint's path, once it is whole. Raises what `save` raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._path
-
-    def _run(self, folder: Path, snapshot: Snapshot, step: int, state: dict, keep: int) -> None:
-        try:
-            self._path = save(folder, snapshot, step, state, keep)
-        except BaseException as error:  # whatever it is, training must not wait at the gate for ever
-            self._error = error
-        finally:
-            snapshot.drop()
 
 
 def failpoint(name: str) -> None:
