@@ -18,7 +18,7 @@ from cgpt.errors import InputError
 
 SMALLEST = 257  # every byte, and the end of a document
 LARGEST = 65535  # shards hold uint16
-LEAST_COUNT = 2  # a pair that comes up once says nothing about text yet to come
+LEAST_COUNT = 2  # of a pair; one that comes up once says nothing about text yet to come
 
 
 def check_size(n_vocab: int) -> None:
@@ -55,6 +55,6 @@ def learn(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     learner.train_from_iterator(texts, trainer)
     learner.add_special_tokens([EOT_TEXT])  # only now, so that it comes last
     if (got := learner.get_vocab_size()) < n_vocab:
-        wanted = f"wanted at most {got}, as many as this text's pairs that come up {LEAST_COUNT} times give"
+        wanted = f"wanted at most {got}, as the text has no more pairs that come up twice"
         raise InputError(f"--vocab-size: {wanted}, got {n_vocab}")
     return parse_tokenizer(learner.to_str(pretty=True).encode(), "tokenizers")
