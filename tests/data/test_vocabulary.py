@@ -1,5 +1,6 @@
 """Vocabularies learnt from a corpus: against naive counting, tokenizers' own encoding, and interruptions."""
 
+import errno
 import hashlib
 import json
 import os
@@ -264,6 +265,34 @@ def test_an_altered_vocabulary_is_not_gone_on_with(source, tmp_path, monkeypatch
     path = tmp_path / "out/tokenizer.json"
     path.write_bytes(path.read_bytes().replace(b"the", b"teh"))
     refusal("tokenizer.json: wanted sha256", prepare, source, tmp_path / "out", **options)
+
+
+def test_a_full_disk_leaves_the_vocabulary_or_nothing(source, whole, learnt, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "learn", lambda texts, _: list(texts) and learnt)
+    options = {"progress": False, "shard_tokens": SHARD_TOKENS, "vocab_size": SIZE}
+    out, real, left = tmp_path / "out", os.fsync, []
+    for fault in range(8):
+        calls = []
+
+        def full(descriptor, calls=calls, fault=fault):
+            calls.append(descriptor)
+            if len(calls) > fault:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match=r"No space left on device: '.*out"):
+                prepare(source, out, **options)
+        left.append(contents(out).keys() if out.exists() else set())
+        if left[-1]:
+            recorded = shards.read_manifest(out / "unfinished.json")["files"]
+            assert left[-1] - {"documents.idx"} == {*recorded, "unfinished.json"}
+            assert "tokenizer.json" in recorded
+        prepare(source, out, **options)
+        assert contents(out) == {name: data for name, data in contents(whole).items() if name != ".verified"}
+        shutil.rmtree(out)
+    assert left[0] == set() != left[-1]
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
