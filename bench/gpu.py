@@ -1,7 +1,9 @@
 """Everything there is to know on a machine with a GPU, in one command of at most eight minutes.
 
-    python bench/gpu.py --out DIR             builds, tests, and times every op against its rivals
-    python bench/gpu.py --out DIR --dry-run   the same script at tiny sizes on the CPU; also what happens without a GPU
+    python bench/gpu.py --out DIR                    builds, tests, and times every op against its rivals, and streaming
+                                                     in the time that is left
+    python bench/gpu.py --out DIR --only streaming   builds, and measures models that stream (gpu_streaming.py)
+    python bench/gpu.py --out DIR --dry-run          the same script at tiny sizes on the CPU; also without a GPU
 
 Writes DIR/gpu.json as it goes (what it ran on, the build, the tests marked `gpu`, every case's seconds), DIR/build.log,
 DIR/tests.log and DIR/tests.xml, and prints a table last. It may be run again, and into the same DIR. A test that fails
@@ -36,6 +38,9 @@ PARTS = {
     "embedding": 12,
     "rotary": 10,
 }
+STREAMING = {"streaming checks": 50, "streaming 1.3B": 145, "streaming 6.7B": 85, "streaming 13B": 130}
+START = 6  # seconds until a streaming part's process has begun
+LEAST = 0.5  # of a streaming part's seconds; with less it is skipped
 GRACE = 45  # past a part's time before its process is ended: a case under way may be compiling
 
 WRONG = 0.05  # results further than this from the first rival's are not the same op
@@ -88,17 +93,8 @@ def tests(out: Path, dry: bool) -> dict:
     options = ["--collect-only", "-q"] if dry else ["-v", f"--junitxml={out / 'tests.xml'}"]
     if find_spec("xdist") and not dry:  # most of a test's time is a compiler's
         options += ["-n", "6"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "--tb=short",
-        "--continue-on-collection-errors",
-        *options,
-        *files,
-    ]
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", "--continue-on-collection-errors"]
+    command = [*pytest, *options, *files]
     log = out / "tests.log"
     done = logged(command, log, TESTS, child_environment(dry))
     return {**done, **read_results(log.read_text(errors="replace"))}
@@ -136,10 +132,11 @@ def child_environment(dry: bool) -> dict:
 
 def bench(report: Report, device: str, budgets: dict[str, float]) -> None:
     """Runs the parts in a child process, which is started again for the parts after one that it did not survive."""
+    out = str(report.path.parent.resolve())
     left = list(budgets)
     while left:
         told = {name: budgets[name] for name in left}
-        command = [sys.executable, __file__, "--child", json.dumps({"device": device, "parts": told})]
+        command = [sys.executable, __file__, "--child", json.dumps({"device": device, "parts": told, "out": out})]
         child = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -187,35 +184,68 @@ def kill_after(child: subprocess.Popen, seconds: float) -> threading.Timer:
     return timer
 
 
-def child(device: str, parts: dict[str, float]) -> int:
-    """Times the parts, each within its seconds; one JSON object a line on stdout."""
-    import gpu_cases
-    from gpu_timing import Clock, DeviceLost, ceilings, measure
+def streaming(report: Report, device: str, until: float) -> None:
+    """Runs the streaming parts, each in a process of its own, for none may find another's memory still taken; from the
+    last on they are left out where the time does not suffice."""
+    names = list(STREAMING)
+    while names:
+        left = until - time.monotonic() - START * len(names)
+        share = min(1.0, left / sum(STREAMING[name] for name in names))
+        if share < LEAST:
+            report.content["parts"][names.pop()] = {"rows": [], "state": f"skipped: {max(0, left):.0f} s left"}
+            report.write()
+            continue
+        bench(report, device, {names[0]: share * STREAMING[names[0]]})
+        names.pop(0)
+
+
+def child(device: str, parts: dict[str, float], out: str) -> int:
+    """Does the parts, each within its seconds; one JSON object a line on stdout."""
+    from gpu_timing import Clock, DeviceLost, ceilings
 
     torch.manual_seed(0)
-    clock, tiny = Clock(device), device == "cpu"
-    tell(event="set", values={"ceilings": ceilings(clock)})
+    clock = None
     for part, seconds in parts.items():
+        if part in PARTS and clock is None:
+            clock = Clock(device)
+            tell(event="set", values={"ceilings": ceilings(clock)})
         tell(event="part", part=part)
         began = time.monotonic()
-        state = "complete"
-        for case in gpu_cases.PARTS[part](device, tiny):
-            if time.monotonic() - began > seconds:
-                state = f"out of time before {case.group} {case.name}"
-                break
-            tell(event="case", case=f"{case.group} {case.name}")
-            try:
-                found = measure(case.contenders, clock, 0.05 if tiny else 0.5)
-            except DeviceLost as error:
-                print(error, file=sys.stderr)
-                return 1
-            row = {"group": case.group, "case": case.name, "flops": case.flops, "bytes": case.bytes}
-            tell(event="row", row={**row, "contenders": found})
-            case.contenders.clear()
-            if device == "cuda":
-                torch.cuda.empty_cache()
+        try:
+            state = time_op(part, clock, seconds) if part in PARTS else stream(part, device, Path(out), seconds)
+        except DeviceLost as error:
+            print(error, file=sys.stderr)
+            return 1
         tell(event="end", values={"state": state, "seconds": round(time.monotonic() - began, 1)})
     return 0
+
+
+def time_op(part: str, clock, seconds: float) -> str:
+    """One op's cases; returns whether that was all."""
+    import gpu_cases
+    from gpu_timing import measure
+
+    began, tiny = time.monotonic(), clock.device == "cpu"
+    for case in gpu_cases.PARTS[part](clock.device, tiny):
+        if time.monotonic() - began > seconds:
+            return f"out of time before {case.group} {case.name}"
+        tell(event="case", case=f"{case.group} {case.name}")
+        found = measure(case.contenders, clock, 0.05 if tiny else 0.5)
+        row = {"group": case.group, "case": case.name, "flops": case.flops, "bytes": case.bytes}
+        tell(event="row", row={**row, "contenders": found})
+        case.contenders.clear()
+        if not tiny:
+            torch.cuda.empty_cache()
+    return "complete"
+
+
+def stream(part: str, device: str, out: Path, seconds: float) -> str:
+    """One part of gpu_streaming.py, which keeps to its time."""
+    import gpu_streaming
+
+    for found in gpu_streaming.PARTS[part](gpu_streaming.Bench(device, out, seconds)):
+        tell(**({"event": "case", "case": found} if isinstance(found, str) else {"event": "row", "row": found}))
+    return "complete"
 
 
 def tell(**event) -> None:
@@ -225,12 +255,16 @@ def tell(**event) -> None:
 def summary(content: dict) -> str:
     """The short table: a line a case, then how the groups stand to their aims."""
     from gpu_cases import OURS
+    from gpu_streaming import describe as describe_streaming
 
     best, lines = content.get("ceilings", {}), []
     ratios: dict[str, list[float]] = {}
+    streamed: list[str] = []
     head = f"{'case':52} {'ours':10} {'ms':>9} {'rate':>24}  {'best rival':18} {'ms':>9}  {'cold':>5}  {'hot':>5}"
     for name, part in content["parts"].items():
-        for row in part["rows"]:
+        if name in STREAMING:
+            streamed += map(describe_streaming, part["rows"])
+        for row in part["rows"] if name in PARTS else ():
             ran = {who: found for who, found in row["contenders"].items() if "cold" in found}
             mine = {who: found for who, found in ran.items() if who.startswith(OURS)}
             rivals = {who: found for who, found in ran.items() if who not in mine}
@@ -256,14 +290,14 @@ def summary(content: dict) -> str:
             )
         state = part.get("died") or part.get("state", "not finished")
         if state != "complete":
-            lines.append(f"{name}: {state}")
+            (streamed if name in STREAMING else lines).append(f"{name}: {state}")
     if content["dry_run"]:
-        return "\n".join([head, *lines, "", "a dry run on the CPU: these times mean nothing"])
+        return "\n".join([head, *lines, "", *streamed, "", "a dry run on the CPU: these times mean nothing"])
     groups = []
     for group, values in ratios.items():
         aim = f", aim {AIMS[group]:.2f}" if group in AIMS else ""
         groups.append(f"{group}: {min(values):.2f} to {max(values):.2f} times the best rival, cold{aim}")
-    return "\n".join([head, *lines, "", *groups])
+    return "\n".join([head, *lines, "", *groups, "", *streamed])
 
 
 def wrong(found: dict) -> bool:
@@ -284,6 +318,7 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--parts", default=",".join(PARTS), help="of the ops, those to time (default: all)")
+    parser.add_argument("--only", choices=("tests", "ops", "streaming"), help="leave out the others")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="of the whole (default: %(default)s)")
     parser.add_argument("--commit", help="what is measured, where the copy at hand has no history to ask")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -307,16 +342,27 @@ def main(argv=None) -> int:
         return 1
     report.set(environment=describe(device) | ({"commit": options.commit} if options.commit else {}))
     say(began, f"built: {report.content['build']}")
-    report.set(tests=tests(options.out, dry))
-    say(began, f"tests: {report.content['tests']}")
+    if options.only in (None, "tests"):
+        report.set(tests=tests(options.out, dry))
+        say(began, f"tests: {report.content['tests']}")
     left = options.seconds - (time.monotonic() - began)
     share = max(0.1, min(1.0, left / sum(PARTS[name] for name in names))) if names else 0
-    bench(report, device, {name: share * PARTS[name] for name in names})
+    ops = {name: share * PARTS[name] for name in names} if options.only in (None, "ops") else {}
+    streams = options.only in (None, "streaming")
+    bench(report, device, ops | (STREAMING if dry and streams else {}))
+    if streams and not dry:
+        streaming(report, device, began + options.seconds)
     report.set(seconds=round(time.monotonic() - began, 1))
     say(began, f"wrote {report.path}\n")
     print(summary(report.content))
-    died = any("died" in part for part in report.content["parts"].values())
-    return 1 if died or report.content["tests"]["bad"] else 0
+    return 1 if failed(report.content) else 0
+
+
+def failed(content: dict) -> bool:
+    """Whether a test failed, a part died, or streaming computed something else."""
+    parts = content["parts"].values()
+    wrong = any(row.get("equal") is False or "error" in row for part in parts for row in part["rows"])
+    return wrong or any("died" in part for part in parts) or bool(content.get("tests", {}).get("bad"))
 
 
 def describe(device: str) -> dict:

@@ -1,6 +1,8 @@
 """bench/gpu.py from end to end at tiny sizes, and what it does where a case crashes or computes something else."""
 
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +22,26 @@ NOT_HERE = (
 )
 
 
-def test_a_dry_run_times_every_op_and_leaves_its_results(tmp_path):
-    command = [sys.executable, "bench/gpu.py", "--out", tmp_path / "out", "--dry-run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """(folder, what gpu.json holds, lines of the table) of a dry run where there is no tyro: a machine that is lent
+    for an hour has torch and little else."""
+    out, bare = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("bare")
+    (bare / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\")\n")
+    environment = {**os.environ, "PYTHONPATH": f"{bare}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "bench/gpu.py", "--out", out, "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    return out, json.loads((out / "gpu.json").read_text()), done.stdout.splitlines()
+
+
+def test_a_dry_run_times_every_op_and_leaves_its_results(dry_run):
+    _, content, table = dry_run
     assert content["environment"].keys() >= {"device", "torch", "triton", "commit"}
     assert content["tests"]["found"] > 50
-    assert content["parts"].keys() == gpu.PARTS.keys()
-    for name, part in content["parts"].items():
+    assert content["parts"].keys() == {*gpu.PARTS, *gpu.STREAMING}
+    for name in gpu.PARTS:
+        part = content["parts"][name]
         assert part["state"] == "complete", part
         assert part["rows"], name
         for row in part["rows"]:
@@ -39,9 +52,59 @@ def test_a_dry_run_times_every_op_and_leaves_its_results(tmp_path):
                     assert found["cold"] > 0, who
                     assert not gpu.wrong(found), (row["group"], who, found)
             assert any("cold" in found for who, found in row["contenders"].items() if who.startswith("cgpt_ext "))
-    table = done.stdout.splitlines()
     assert table[-1] == "a dry run on the CPU: these times mean nothing"
     assert sum(line.startswith("attention backward") for line in table) == 2
+
+
+def test_a_dry_run_streams(dry_run):
+    out, content, table = dry_run
+    rows = {row["case"]: row for name in gpu.STREAMING for row in content["parts"][name]["rows"]}
+    assert all(content["parts"][name]["state"] == "complete" for name in gpu.STREAMING)
+    equal = {case for case, row in rows.items() if row.get("equal")}
+    places = ("host", "host, activations too", "device and host", "disk")
+    turns = {"1.3B, 1 visit a step", "1.3B, 3 visits a step"}
+    proofs = {*(f"self-check, {place}" for place in places), "hunting for races, 2 seeds", "checkpoint beside training"}
+    assert equal == proofs | turns
+    for case in turns:
+        row = rows[case]
+        assert row["interleaved"]
+        assert row["ratio"] == row["resident"]["seconds"] / row["streamed"]["seconds"]
+        assert row["streamed"]["tokens_per_second"] * row["streamed"]["seconds"] == pytest.approx(row["tokens"])
+        assert len(row["resident"]["rounds"]) == len(row["streamed"]["rounds"]) > 0
+    assert rows["6.7B"]["layers"] == rows["6.7B"]["layers_of_model"]
+    assert "refused" not in rows["6.7B"]
+    assert rows["13B"]["layers"] == rows["13B"]["layers_of_model"] - 2
+    assert rows["13B"]["refused"].startswith("host memory: wanted at least")
+    for model in ("6.7B", "13B"):
+        assert len(rows[model]["steps"]) == 5
+        assert {"compute", "down", "up"} <= rows[model]["lanes"].keys()
+        assert rows[model]["placement"]["host"]["state"] == rows[model]["layers"] + 2
+        assert rows[model]["losses"][0] == pytest.approx(math.log(256), abs=0.5)
+        spans = [event for event in json.loads((out / f"streamed-{model}.json").read_text())["traceEvents"]]
+        assert sum("backward" in event["name"] for event in spans) >= 5 * rows[model]["layers"]
+        assert (out / f"streamed-{model}.png").read_bytes().startswith(b"\x89PNG")
+    assert sum(line.startswith(("1.3B,", "6.7B ", "13B ")) for line in table) == 4
+
+
+def test_what_computes_something_else_fails_the_run():
+    row = {"case": "self-check, disk", "equal": False, "difference": "wte.weight differs", "seconds": 1.0}
+    content = {"parts": {"streaming checks": {"rows": [row], "state": "complete"}}, "dry_run": False}
+    assert gpu.failed(content)
+    assert "self-check, disk                             WRONG: wte.weight differs, 1.0 s" in gpu.summary(content)
+    content["parts"]["streaming checks"]["rows"] = [row | {"equal": True}]
+    assert not gpu.failed(content)
+
+
+def test_streaming_that_has_no_time_is_left_out_from_the_last_on(tmp_path, monkeypatch):
+    ran, now = [], iter((100.0, 100.0, 180.0, 180.0))
+    monkeypatch.setattr(gpu, "bench", lambda report, device, budgets: ran.append(budgets))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(now))
+    report = gpu.Report(tmp_path)
+    gpu.streaming(report, "cuda", 275.0)
+    checks = 50 * (175 - 3 * gpu.START) / (50 + 145 + 85)
+    assert ran == [{"streaming checks": pytest.approx(checks)}, {"streaming 1.3B": pytest.approx(95 - gpu.START)}]
+    told = {name: part["state"] for name, part in json.loads(report.path.read_text())["parts"].items()}
+    assert told == {"streaming 13B": "skipped: 151 s left", "streaming 6.7B": "skipped: 83 s left"}
 
 
 CHILD = """

@@ -181,7 +181,7 @@ def test_mup_is_the_published_base_at_the_plans_width(capsys):
     assert mup["hidden_init_std"] == pytest.approx(0.08 / math.sqrt(20))
     assert mup["residual_init_std"] == pytest.approx(0.08 / math.sqrt(2 * 20 * 40))
     assert (mup["lr"], mup["embedding_init_std"], mup["embedding_scale"]) == (6e-3, 0.08, 10)
-    assert (mup["softmax_scale"], mup["logits_scale"]) == (1 / 128, 1 / 20)
+    assert (mup["softmax_scale"], mup["logits_scale"]) == pytest.approx((1 / 128, 1 / 20))
 
 
 def test_published_sizes_are_planned_as_they_were_trained(capsys):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,63 @@ def test_warm_up_takes_at_most_a_fifth_of_a_short_run():
 def test_shorter_sequences_keep_the_model_and_longer_ones_grow_it():
     assert resolve(TrainConfig(model="111M", seq_len=1024)).shape == PRESETS["111M"].config
     assert resolve(TrainConfig(model="111M", seq_len=4096)).shape.seq_len == 4096
+
+
+def test_variants_of_a_preset():
+    tiny = PRESETS["tiny"].config
+    recipe = resolve(TrainConfig(positions="alibi", activation="swiglu", embedding_norm=True))
+    assert recipe.shape == replace(tiny, positions="alibi", activation="swiglu", d_ff=256, embedding_norm=True)
+    assert (recipe.lr, recipe.parametrization) == (PRESETS["tiny"].lr, "sp")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert resolve(TrainConfig(positions="rotary", seq_len=4096)).shape.seq_len == 4096
+
+
+def test_a_parametrization_brings_its_numbers_and_its_learning_rate():
+    recipe, preset = resolve(TrainConfig(model="590M", parametrization="mup", steps=9)), PRESETS["590M-mup"]
+    assert (recipe.shape, recipe.lr, recipe.parametrization) == (preset.config, preset.lr, "mup")
+    assert resolve(TrainConfig(model="590M", parametrization="mup", lr=1e-3)).lr == 1e-3
+    for name in ("590M", "590M-mup"):
+        preset = PRESETS[name]
+        recipe = resolve(TrainConfig(model=name, parametrization=preset.parametrization))
+        assert (recipe.shape, recipe.lr, recipe.parametrization) == (preset.config, preset.lr, preset.parametrization)
+    deep = resolve(TrainConfig(model="590M-mup", parametrization="completep")).shape
+    assert deep.residual_scale == 24 / 18
+    assert resolve(TrainConfig(model="590M-mup", parametrization="sp")).shape.hidden_lr_scale == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "wanted"),
+    [
+        ("positions", "sinus", "one of learned, none, rotary, alibi"),
+        ("activation", "relu", "one of gelu, gelu_tanh, swiglu"),
+        ("parametrization", "ntk", "one of sp, mup, completep"),
+    ],
+)
+def test_unknown_variants_are_named(flag, value, wanted):
+    with pytest.raises(InputError, match=f"--{flag}: wanted {wanted}, got {value}"):
+        resolve(TrainConfig(**{flag: value}))
+
+
+def test_a_resumed_run_keeps_its_variant():
+    saved = resolve(TrainConfig(positions="rotary", parametrization="mup"))
+    same = TrainConfig(positions="rotary", activation="gelu", parametrization="mup", resume=True)
+    assert resolve_resumed(same, saved, Path("x")) == saved
+    assert resolve_resumed(TrainConfig(), saved, Path("x")) == saved
+    changes = {"positions": "none", "activation": "swiglu", "embedding_norm": True, "parametrization": "sp"}
+    for flag, value in changes.items():
+        with pytest.raises(InputError, match=f"--{flag.replace('_', '-')}: the run in x has .*, got {value}"):
+            resolve_resumed(TrainConfig(**{flag: value}), saved, Path("x"))
+
+
+def test_a_recipe_saved_before_there_were_variants_still_opens():
+    recipe = resolve(TrainConfig())
+    saved = recipe.to_dict()
+    for name in ("moments", "parametrization"):
+        del saved[name]
+    for name in list(saved["shape"]):
+        if name.endswith("_scale") or name in ("positions", "embedding_norm"):
+            del saved["shape"][name]
+    assert Recipe.from_dict(saved) == recipe
 
 
 def test_a_resumed_run_changes_only_what_makes_no_other_run():

@@ -27,9 +27,9 @@ def test_every_preset_comes_back_from_a_file(tmp_path, name):
 
 
 def test_flags_go_before_the_files_and_those_before_defaults(tmp_path):
-    path = written(tmp_path / "preset.json", flags={"precision": "fp32", "micro_batch_size": 2, "data": "x.txt"})
+    path = written(tmp_path / "preset.json", flags={"precision": "fp32", "micro_batch_size": 2, "seed": 7})
     recipe = resolve(TrainConfig(config=path, precision="bf16", steps=10, lr=1e-3))
-    assert (recipe.precision, recipe.micro_batch_size, recipe.data) == ("bf16", 2, "x.txt")
+    assert (recipe.precision, recipe.micro_batch_size, recipe.seed) == ("bf16", 2, 7)
     assert (recipe.model, recipe.steps, recipe.lr) == ("111M", 10, 1e-3)
 
 
@@ -44,17 +44,20 @@ def test_what_has_a_default_may_be_missing(tmp_path):
         ({"lr": ...}, "the file lacks lr"),
         ({"speed": 1}, "the file has unknown speed"),
         ({"lr": "fast"}, "lr: wanted a number, got 'fast'"),
-        ({"lr": -1}, "--lr: wanted a number above 0, got -1"),
+        ({"lr": -1}, "lr: wanted a number above 0, got -1"),
+        ({"lr": float("nan")}, "lr: wanted a number above 0, got nan"),
+        ({"lr": float("inf")}, "lr: wanted a number above 0, got inf"),
+        ({"weight_decay": -0.1}, "weight_decay: wanted a number of at least 0, got -0.1"),
+        ({"parametrization": "np"}, "parametrization: wanted one of sp, mup, completep, got np"),
         ({"steps": 1.5}, "steps: wanted a whole number, got 1.5"),
         ({"steps": True}, "steps: wanted a whole number, got True"),
-        ({"decay": "steep"}, "--decay: wanted one of linear, cosine, constant, got steep"),
+        ({"decay": "steep"}, "decay: wanted one of linear, cosine, constant, got steep"),
         ({"batch_schedule": 8}, r"batch_schedule: wanted \[\[from_tokens, sequences\], ...\], got 8"),
         ({"batch_schedule": [[5, 8]]}, r"batch schedule: starts must ascend from 0 tokens, got \[5\]"),
         ({"shape": 5}, "wanted a preset with a shape"),
         ({"shape": {"n_layer": 2}}, "GPTConfig: the dictionary lacks"),
-        ({"flags": {"resume": True}}, "flags: wanted some of data, device"),
+        ({"flags": {"resume": True}}, "flags: wanted some of device, precision"),
         ({"flags": {"seed": "x"}}, "seed: wanted a whole number, got 'x'"),
-        ({"flags": {"device": "tpu"}}, "--device: wanted one of cpu, cuda, got tpu"),
     ],
 )
 def test_mistakes_name_the_file_and_the_field(tmp_path, changed, line):
@@ -62,6 +65,18 @@ def test_mistakes_name_the_file_and_the_field(tmp_path, changed, line):
     with pytest.raises(InputError, match=f"preset.json: {line}") as refusal:
         resolve(TrainConfig(config=path))
     assert "\n" not in str(refusal.value)
+
+
+def test_flags_of_a_file_are_held_to_what_flags_are(tmp_path):
+    with pytest.raises(InputError, match="--device: wanted one of cpu, cuda, got tpu"):
+        resolve(TrainConfig(config=written(tmp_path / "preset.json", flags={"device": "tpu"})))
+
+
+def test_a_plan_takes_another_parametrization_as_a_preset_does(tmp_path):
+    path = written(tmp_path / "preset.json")
+    recipe = resolve(TrainConfig(config=path, parametrization="mup"))
+    assert recipe == resolve(TrainConfig(model="111M", parametrization="mup"))
+    assert recipe.lr == 6e-3
 
 
 def test_what_is_no_file_of_ours(tmp_path):

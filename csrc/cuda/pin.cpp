@@ -30,8 +30,12 @@ std::string pin(void* data, size_t nbytes, int device_id) {
     return error == cudaSuccess ? "" : text(error);
 }
 
-void unpin(void* data) {
-    (void)cudaHostUnregister(data);  // at the process's end the driver may be gone already
+void unpin(void* data, int device_id) {
+    try {
+        const cuda::DeviceGuard guard("HostArena", device_id);
+        (void)cudaHostUnregister(data);
+    } catch (const std::runtime_error&) {  // at the process's end the driver may be gone already
+    }
     (void)cudaGetLastError();
 }
 

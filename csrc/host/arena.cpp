@@ -63,7 +63,7 @@ HostArena::HostArena(int64_t nbytes) : nbytes_(nbytes) {
 
 HostArena::~HostArena() {
 #if defined(CGPT_CUDA)
-    for (size_t piece = 0; piece < pinned_; piece += kPiece) unpin(data_ + piece);
+    for (size_t piece = 0; piece < pinned_; piece += kPiece) unpin(data_ + piece, device_id_);
 #endif
     munmap(reserved_, reserved_bytes_);
 }
@@ -94,6 +94,7 @@ int64_t HostArena::register_cuda(int device_id) {
             break;
         }
         pinned_ += piece;
+        device_id_ = device_id;
     }
 #else
     (void)device_id;

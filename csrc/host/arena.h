@@ -50,6 +50,7 @@ class HostArena {
     uint8_t* data_ = nullptr;
     int64_t nbytes_;
     size_t mapped_ = 0, page_ = 0, pinned_ = 0;
+    int device_id_ = 0;  // that it was pinned through
     uint8_t* reserved_ = nullptr;
     size_t reserved_bytes_ = 0;
     bool huge_pages_ = false;
@@ -60,7 +61,7 @@ class HostArena {
 #if defined(CGPT_CUDA)
 // csrc/cuda/pin.cpp. Returns why the driver refuses, or nothing where it pinned the piece.
 std::string pin(void* data, size_t nbytes, int device_id);
-void unpin(void* data);
+void unpin(void* data, int device_id);
 #endif
 
 }  // namespace cgpt

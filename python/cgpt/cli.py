@@ -1,6 +1,6 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   fit   eval   generate   data prepare   data info   info
+    train   plan   fit   sweep   ablate   eval   generate   data prepare   data info   info
 
 Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
 (128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
@@ -9,7 +9,6 @@ is asked for.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import io
 import json
@@ -25,6 +24,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
+from cgpt.experiments.flags import Ablate, Sweep
 from cgpt.plan_flags import Plan
 from cgpt.recipe import Int, Switch, Text, TrainConfig
 
@@ -80,6 +80,9 @@ class Prepare:
     """Text files (.txt, .jsonl, packed or not), folders of them, moby-dick or python-stdlib."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Dataset folder to write; one left by an interrupted run is finished."""
+    vocab_size: Int = None
+    """Learn a byte-pair vocabulary of so many ids from the text, which a model trained on DIR then has; 257 to 65535
+    (default: GPT-2's vocabulary of 50257)."""
     workers: Int = None
     """Threads that encode (default: one a core)."""
 
@@ -136,6 +139,8 @@ Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Data, tyro.conf.subcommand("data")]
@@ -202,6 +207,8 @@ def run(command) -> int:
     """Runs a parsed command."""
     if isinstance(command, TrainConfig):
         return _train(command)
+    if isinstance(command, Sweep | Ablate):
+        return _experiment(command)
     if isinstance(command, Data):
         command = command.command
     steps = {Plan: _plan, Fit: _fit, Eval: _eval, Generate: _generate}
@@ -215,6 +222,18 @@ def _train(config: TrainConfig) -> int:
 
     summary = train(config)
     return 128 + summary.stopped_by if summary.stopped_by else 0
+
+
+def _experiment(command: Sweep | Ablate) -> int:
+    from cgpt.experiments.commands import run_ablate, run_sweep
+    from cgpt.experiments.matrix import Stopped
+
+    try:
+        run_sweep(command) if isinstance(command, Sweep) else run_ablate(command)
+    except Stopped as stopped:
+        print("cgpt: stopped, saved; the same command goes on", file=sys.stderr)
+        return 128 + stopped.signal
+    return 0
 
 
 def _plan(command: Plan) -> None:
@@ -274,27 +293,28 @@ def _eval(command: Eval) -> None:
 
 
 def _generate(command: Generate) -> None:
-    from cgpt.checkpoint import open_trained
-    from cgpt.data.tokenizer import EOT, gpt2
+    from cgpt.checkpoint import open_tokenizer, open_trained
     from cgpt.evaluate.generate import generate
 
-    _, _, model, _ = open_trained(command.run, command.device)
-    ids = gpt2().encode_ordinary(command.prompt) or [EOT]
+    _, identity, model, _ = open_trained(command.run, command.device)
+    tokenizer = open_tokenizer(command.run, identity)
+    eot = tokenizer.eot
+    ids = tokenizer.encode_ordinary(command.prompt) or [eot]
     found = generate(
-        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot=EOT
+        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot=eot
     )
     print(command.prompt, end="", flush=True)
-    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    for token in found:
-        print(text.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
-    print(text.decode(b"", final=True))
+    for text in tokenizer.stream(found):
+        print(text, end="", flush=True)
+    print()
 
 
 def _prepare(command: Prepare) -> None:
     from cgpt.console import interactive
     from cgpt.data.prepare import prepare
 
-    _show(prepare(command.sources, command.out, workers=command.workers, progress=interactive()), False)
+    size, bar = command.vocab_size, interactive()
+    _show(prepare(command.sources, command.out, workers=command.workers, progress=bar, vocab_size=size), False)
 
 
 def _data_info(command: DataInfo) -> None:

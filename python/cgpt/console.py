@@ -123,7 +123,7 @@ class Live:
         if held_out or now - self._said >= PLAIN_SECONDS or self.done in (self._first + 1, self.steps):
             left = (now - self._began) / (self.done - self._first) * (self.steps - self.done)
             held_out = f", held-out loss {row['val_loss']:.4f}" if held_out else ""
-            say(f"step {self.done}/{self.steps}: {text}, {_clock(left)} left{held_out}")
+            say(f"step {self.done}/{self.steps}: {text}, {clock(left)} left{held_out}")
             self._said = now
 
     def close(self) -> None:
@@ -140,13 +140,14 @@ def show_summary(summary: Summary) -> None:
     )
     if summary.tokens_per_second:
         say(
-            f"{summary.steps} steps, {human(summary.tokens)} tokens in {_clock(summary.seconds)}: "
+            f"{summary.steps} steps, {human(summary.tokens)} tokens in {clock(summary.seconds)}: "
             f"{human(summary.tokens_per_second)} tokens/s, {human(summary.model_flops_per_second, 'FLOP/s')}, "
             f"peak memory {human(summary.peak_memory_bytes, 'B')}"
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

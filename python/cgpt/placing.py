@@ -28,6 +28,7 @@ from cgpt.stream.planner import DoesNotFit, Setting, place
 
 ASIDE = 2  # typical layers that AdamW may run ahead of a checkpoint that is being written
 UNBOUNDED = 1 << 62
+DEVICE_RESERVE = 0.05  # of a GPU's free memory, unasked: for torch's allocator, which cannot use every byte
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def _budgets(recipe: Recipe, plans: list[LayerPlan]) -> Budgets:
             device = whole.needs.device if whole.needs.device + whole.host <= host else device
         return Budgets(device, host - device, disk, recipe.disk and Path(recipe.disk))
     free = torch.cuda.mem_get_info()[0]
-    return Budgets(min(free, recipe.device_memory or free), host, disk, recipe.disk and Path(recipe.disk))
+    spare = int(free * (1 - DEVICE_RESERVE))
+    return Budgets(min(free, recipe.device_memory or spare), host, disk, recipe.disk and Path(recipe.disk))
 
 
 def _least_arena(plans: list[LayerPlan], recipe: Recipe) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from cgpt.errors import InputError
 from cgpt.files import write_atomically
 from cgpt.model.config import GPTConfig
+from cgpt.model.parametrization import CEREBRAS, parametrize
 from cgpt.model.presets import GPT2_VOCAB, Preset
 from cgpt.plan import Found, problem, solve
 from cgpt.plan_flags import Plan
@@ -31,7 +32,6 @@ from cgpt.train_file import to_dict
 SEQ_LEN = 2048
 NO_LIMIT = f"{1 << 50}B"  # of host memory, where none is given: the plan says how much it takes
 RESIDUAL_STD, RESIDUAL_STD_OF = 0.0025, (0.88e9, 14e9)  # as released, of models of so many parameters
-MUP_WIDTH, MUP_LR, MUP_STD, MUP_EMBEDDING = 256, 6e-3, 0.08, 10.0  # the published base (arXiv 2304.03208)
 
 
 @dataclass(frozen=True)
@@ -185,19 +185,19 @@ def _sustained(asked: Plan, hardware: Hardware) -> float:
 
 
 def mup_settings(shape: GPTConfig) -> dict[str, float]:
-    """What the same shape takes in muP, tuned at a width of 256 (Yang et al. 2022, in the form of Dey et al. 2023)."""
-    m = shape.d_model / MUP_WIDTH
+    """What the same shape takes in muP from the published base; `cgpt train --parametrization mup` sets it."""
+    numbers, base = parametrize(shape, "mup", CEREBRAS), CEREBRAS.config.d_model
     return {
-        "base_width": MUP_WIDTH,
-        "width_ratio": m,
-        "lr": MUP_LR,
-        "hidden_lr": MUP_LR / m,
-        "embedding_init_std": MUP_STD,
-        "hidden_init_std": MUP_STD / m**0.5,
-        "residual_init_std": MUP_STD / (2 * m * shape.n_layer) ** 0.5,
-        "embedding_scale": MUP_EMBEDDING,
-        "softmax_scale": 1 / shape.d_head,
-        "logits_scale": 1 / m,
+        "base_width": base,
+        "width_ratio": shape.d_model / base,
+        "lr": CEREBRAS.lr,
+        "hidden_lr": CEREBRAS.lr * numbers.hidden_lr_scale,
+        "embedding_init_std": numbers.embedding_init_std,
+        "hidden_init_std": numbers.hidden_init_std,
+        "residual_init_std": numbers.residual_std,
+        "embedding_scale": numbers.embedding_scale,
+        "softmax_scale": numbers.attention_scale,
+        "logits_scale": numbers.logits_scale,
     }
 
 

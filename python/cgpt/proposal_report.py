@@ -135,7 +135,8 @@ def show(found: Proposal) -> str:
         "rate": f"lr {row['lr']:g} after {_many(row['warmup_tokens'])} tokens of warm-up, {row['decay']} to "
         f"{row['lr'] * row['min_lr_ratio']:g}; AdamW eps {row['adam_eps']:g} (on the published models' line)",
         "muP": f"lr {mup['lr']:g}, {mup['hidden_lr']:.3g} in the blocks; init {mup['embedding_init_std']:g} and "
-        f"{mup['hidden_init_std']:.3g}; embeddings x {mup['embedding_scale']:g}, logits x {mup['logits_scale']:.3g}",
+        f"{mup['hidden_init_std']:.3g}; embeddings x {mup['embedding_scale']:g}, logits x {mup['logits_scale']:.3g} "
+        "(cgpt train --parametrization mup)",
     }
     told = [f"{name:9} {text}" for name, text in lines.items()]
     told += ["", *_table(found, row)]

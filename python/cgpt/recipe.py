@@ -17,7 +17,8 @@ import tyro
 
 from cgpt.errors import InputError
 from cgpt.files import write_atomically
-from cgpt.model.config import GPTConfig
+from cgpt.model.config import ACTIVATIONS, POSITIONS, GPTConfig, variant
+from cgpt.model.parametrization import CEREBRAS, KINDS, parametrize
 from cgpt.model.presets import PRESETS, Preset
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
 from cgpt.stream.format import Format
@@ -25,6 +26,7 @@ from cgpt.stream.limits import parse_bytes
 from cgpt.train_file import read_train_file
 
 CONFIG = "config.json"
+VARIANTS = ("positions", "activation", "embedding_norm")  # flags that are fields of the model's config
 RUNS = Path("runs")
 DEVICES = ("cpu", "cuda")
 
@@ -60,6 +62,17 @@ class TrainConfig:
     data: Text = None
     """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
     llm.c (default: moby-dick)."""
+    positions: Annotated[Literal["learned", "none", "rotary", "alibi"] | None, _flag("{learned,none,rotary,alibi}")] = (
+        None
+    )
+    """How tokens know their place (default: the preset's, which is learned)."""
+    activation: Annotated[Literal["gelu", "gelu_tanh", "swiglu"] | None, _flag("{gelu,gelu_tanh,swiglu}")] = None
+    """Of the MLP; swiglu makes it 2/3 as wide, for about as many parameters (default: the preset's, which is gelu)."""
+    embedding_norm: Switch = False
+    """A LayerNorm behind the embedding."""
+    parametrization: Annotated[Literal["sp", "mup", "completep"] | None, _flag("{sp,mup,completep}")] = None
+    """Rules that init, factors and learning rates follow. Others than the preset's start from the published base, 256
+    wide, and --lr from its 6e-3 (default: the preset's: mup where it is called -mup, else sp)."""
     steps: Int = None
     """Optimizer steps of the whole run (default: as many as see the preset's tokens)."""
     batch_size: Int = None
@@ -71,7 +84,7 @@ class TrainConfig:
     seq_len: Int = None
     """Tokens a sequence (default: the preset's). More than the preset has gives the model more positions."""
     lr: Float = None
-    """Peak learning rate (default: the preset's)."""
+    """Peak learning rate; under mup and completep the projections' is a fraction of it (default: the preset's)."""
     warmup_tokens: Int = None
     """Tokens of linear warm-up (default: the preset's, at most a fifth of the run)."""
     decay: Annotated[Literal["linear", "cosine", "constant"] | None, _flag("{linear,cosine,constant}")] = None
@@ -148,6 +161,7 @@ class Recipe:
     host_memory: int | None = None
     disk: str | None = None
     moments: str = "fp32"
+    parametrization: str = "sp"
 
     @property
     def format(self) -> Format:
@@ -173,11 +187,15 @@ class Recipe:
         return cls(**{**values, "shape": GPTConfig.from_dict(values["shape"]), "batch_schedule": schedule})
 
 
-def resolve(config: TrainConfig) -> Recipe:
-    """The recipe of a new run. Raises InputError, naming the flag, for values that make no run."""
+def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
+    """The recipe of a new run. Raises InputError, naming the flag, for values that make no run.
+
+    vocab_size: of the data's own vocabulary (default: the preset's).
+    """
     preset, config = _preset(config)
     _check(config)
     seq_len = config.seq_len or preset.config.seq_len
+    shape, lr = _shape(config, preset)
     schedule = _schedule(config) or preset.batch_schedule
     steps = config.steps or steps_for(preset.tokens, schedule, seq_len)
     total = tokens_after(steps, schedule, seq_len)
@@ -185,12 +203,12 @@ def resolve(config: TrainConfig) -> Recipe:
     recipe = Recipe(
         model=preset.name,
         data=config.data or "moby-dick",
-        shape=replace(preset.config, seq_len=max(seq_len, preset.config.seq_len)),
+        shape=replace(shape, seq_len=max(seq_len, shape.seq_len)),
         steps=steps,
         batch_schedule=schedule,
         micro_batch_size=config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // seq_len),
         seq_len=seq_len,
-        lr=_given(config.lr, preset.lr),
+        lr=_given(config.lr, lr),
         warmup_tokens=_given(config.warmup_tokens, warmup),
         decay=config.decay or preset.decay,
         min_lr_ratio=_given(config.min_lr_ratio, preset.min_lr_ratio),
@@ -201,6 +219,7 @@ def resolve(config: TrainConfig) -> Recipe:
         clip=_given(config.clip, preset.grad_clip),
         precision=config.precision or "bf16",
         moments=config.moments or "fp32",
+        parametrization=config.parametrization or preset.parametrization,
         device=config.device or "cpu",
         seed=_given(config.seed, 0),
         eval_every=config.eval_every or max(1, steps // 10),
@@ -209,6 +228,8 @@ def resolve(config: TrainConfig) -> Recipe:
         keep=config.keep or 2,
         **_where(config),
     )
+    if vocab_size is not None:
+        recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=vocab_size))
     if recipe.warmup_tokens > recipe.tokens:
         raise InputError(f"--warmup-tokens: wanted at most the run's {recipe.tokens}, got {recipe.warmup_tokens}")
     return recipe
@@ -224,12 +245,6 @@ def _preset(config: TrainConfig) -> tuple[Preset, TrainConfig]:
     if config.model is not None:
         raise InputError("--config: wanted it or --model, got both")
     preset, flags = read_train_file(config.config)
-    own = {"steps": preset.steps, "lr": preset.lr, "warmup_tokens": preset.warmup_tokens, "decay": preset.decay}
-    own |= {"min_lr_ratio": preset.min_lr_ratio, "weight_decay": preset.weight_decay, "clip": preset.grad_clip}
-    try:
-        _check(TrainConfig(**own, **flags))
-    except InputError as error:
-        raise InputError(f"{config.config}: {error}") from error
     return preset, replace(config, **{name: _given(getattr(config, name), flags[name]) for name in flags})
 
 
@@ -239,13 +254,13 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or field.name in ("config", "out", "resume", "timeline"):
+        if value is None or value is False or field.name in ("config", "out", "resume", "timeline"):
             continue
         value = _where(config).get(field.name, value)
         if field.name in ("batch_size", "batch_schedule"):
             before, value = saved.batch_schedule, _schedule(config)
         else:
-            before = getattr(saved, field.name)
+            before = getattr(saved.shape if field.name in VARIANTS else saved, field.name)
         if value == before:
             continue
         if field.name not in CHANGEABLE:
@@ -253,6 +268,14 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
             raise InputError(f"{flag}: the run in {folder} has {before}, got {value}; a resumed run keeps its recipe")
         changed[field.name] = value
     return replace(saved, **changed)
+
+
+def _shape(config: TrainConfig, preset: Preset) -> tuple[GPTConfig, float]:
+    """The model, and the peak learning rate that its numbers were tuned with."""
+    shape = variant(preset.config, config.positions, config.activation, config.embedding_norm or None)
+    if config.parametrization in (None, preset.parametrization):
+        return shape, preset.lr
+    return parametrize(shape, config.parametrization, CEREBRAS), CEREBRAS.lr
 
 
 def _where(config: TrainConfig) -> dict[str, Any]:
@@ -331,6 +354,9 @@ def _check(config: TrainConfig) -> None:
         "moments": ("fp32", "bf16"),
         "device": DEVICES,
         "decay": ("linear", "cosine", "constant"),
+        "positions": POSITIONS,
+        "activation": ACTIVATIONS,
+        "parametrization": KINDS,
         "placement": ("resident", "auto"),
     }
     for name, known in choices.items():

@@ -10,6 +10,7 @@ and any that is given there as well has precedence. "plan" is left unread.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
+from cgpt.model.parametrization import KINDS as PARAMETRIZATIONS
 from cgpt.model.presets import Preset
-from cgpt.schedule import check_batch_schedule
+from cgpt.schedule import DECAYS, check_batch_schedule
 
-KINDS = {"str": str, "int": int, "float": (int, float)}  # of a Preset's fields, by their annotations
+TYPES = {"str": str, "int": int, "float": (int, float)}  # of a Preset's fields, by their annotations
+AT_LEAST = {"warmup_tokens": 0, "weight_decay": 0, "grad_clip": 0, "min_lr_ratio": 0}  # the others are above 0
+CHOICES = {"decay": DECAYS, "parametrization": PARAMETRIZATIONS}
 FLAGS = {
-    "data": str,
     "device": str,
     "precision": str,
     "moments": str,
@@ -62,9 +65,15 @@ def _preset(content: dict) -> Preset:
         if names:
             raise InputError(f"the file {what} {', '.join(sorted(names))}")
     for name, value in values.items():
-        kind = KINDS.get(str(kinds[name].type).removeprefix("<class '").removesuffix("'>"))
+        kind = TYPES.get(str(kinds[name].type).removeprefix("<class '").removesuffix("'>"))
         if kind is not None:
             _is(name, value, kind)
+        if name in CHOICES and value not in CHOICES[name]:
+            raise InputError(f"{name}: wanted one of {', '.join(CHOICES[name])}, got {value}")
+        least = AT_LEAST.get(name)
+        if (isinstance(value, int | float) and not (value > 0 or value == least)) or value == math.inf:
+            wanted = "a number above 0" if least is None else "a number of at least 0"
+            raise InputError(f"{name}: wanted {wanted}, got {value}")
     schedule = values["batch_schedule"]
     pairs = isinstance(schedule, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in schedule)
     if not pairs or not all(type(number) is int for pair in schedule for number in pair):

@@ -1,10 +1,9 @@
 """The GPT against an independent functional GPT-2 in fp64: values, gradients, names, parts and errors."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
+from definition import error, gpt_logits, lively, loss_and_gradients, tokens
 
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
@@ -28,69 +27,7 @@ SHAPES = {
 }
 
 
-def gpt2_logits(weights, ids, config):
-    """GPT-2 from its definition, softmax and norms written out; nothing shared with the code under test."""
-
-    def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
-        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    def project(x, name):
-        return x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    def gelu(x):
-        if config.activation == "gelu":
-            return x * (1 + torch.erf(x / math.sqrt(2))) / 2
-        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
-
-    time = ids.shape[1]
-    future = torch.ones(time, time, dtype=torch.bool).triu(1)
-    x = weights["wte.weight"][ids] + weights["wpe.weight"][:time]
-    for layer in range(config.n_layer):
-        block = f"h.{layer}"
-        packed = project(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
-        heads = []
-        for head in range(config.n_head):
-            q, k, v = (
-                packed[..., part * config.d_model + head * config.d_head :][..., : config.d_head] for part in range(3)
-            )
-            scores = (q @ k.transpose(1, 2) / math.sqrt(config.d_head)).masked_fill(future, -math.inf)
-            heads.append(scores.softmax(-1) @ v)
-        x = x + project(torch.cat(heads, -1), f"{block}.attn.c_proj")
-        x = x + project(gelu(project(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
-    return norm(x, "ln_f") @ weights["wte.weight"].t()
-
-
-def loss_and_gradients(weights, ids, targets, config):
-    """The definition's loss and its gradient by parameter name, in the dtype of `weights`."""
-    leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
-    loss = F.cross_entropy(gpt2_logits(leaves, ids, config).flatten(0, 1), targets.flatten())
-    return loss.detach(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-
-
-def lively(config, dtype=torch.float32, seed=0):
-    """A model whose every term matters: weights far from init, biases and norms off zero and one."""
-    model = GPT(config, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model.to(dtype)
-
-
-def tokens(config, batch, time, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    both = torch.randint(0, config.vocab_size, (batch, time + 1), generator=generator)
-    return both[:, :-1], both[:, 1:]
-
-
-def error(got, want):
-    """Relative error in the L2 norm, in fp64."""
-    return ((got.double() - want).norm() / want.norm()).item()
-
-
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
 @pytest.mark.parametrize(("batch", "time"), [(2, 40), (3, 17), (1, 1)])
 def test_fp32_values_and_gradients_equal_the_fp64_definition(activation, batch, time):
     config = GPTConfig.from_dict(CONFIG.to_dict() | {"activation": activation})
@@ -99,7 +36,7 @@ def test_fp32_values_and_gradients_equal_the_fp64_definition(activation, batch, 
     weights = {name: value.double() for name, value in model.state_dict().items()}
     want_loss, want = loss_and_gradients(weights, ids, targets, config)
 
-    assert error(model(ids), gpt2_logits(weights, ids, config)) < 1e-5
+    assert error(model(ids), gpt_logits(weights, ids, config)) < 1e-5
     loss = model(ids, targets)
     loss.backward()
     assert loss.dtype == torch.float32

@@ -28,8 +28,8 @@ RESIDUAL_STD = {
 }
 
 
-def test_every_published_size_is_there_and_two_for_cpus():
-    assert set(PRESETS) == {"tiny", "mini", *PUBLISHED}
+def test_every_published_size_is_there_in_both_forms_and_two_for_cpus():
+    assert set(PRESETS) == {"tiny", "mini", *PUBLISHED, *(f"{name}-mup" for name in PUBLISHED)}
     assert all(name == preset.name for name, preset in PRESETS.items())
 
 

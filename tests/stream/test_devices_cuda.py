@@ -2,11 +2,16 @@
 
 import contextlib
 import threading
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+from test_streaming import COUNT, PLACEMENTS, assert_same, train
 
+from cgpt.stream import devices_cuda
 from cgpt.stream.devices_cuda import CudaDevice, StreamEvent
+from cgpt.stream.placement import Placement
 from cgpt.stream.timeline import Timeline
 
 
@@ -16,6 +21,7 @@ class Cuda:
     def __init__(self, monkeypatch):
         self.calls, self.clock, self.broken = [], 0.0, False
         self.current = threading.local()
+        self.when_synchronized = lambda: None
         cuda = self
 
         class Stream:
@@ -26,6 +32,7 @@ class Cuda:
                 self.name = f"lane {Stream.made}"
 
             def synchronize(self):
+                cuda.when_synchronized()
                 cuda.calls.append(("synchronize", self.name))
 
             def wait_event(self, event):
@@ -62,9 +69,16 @@ class Cuda:
             yield
             del self.current.stream
 
+        @contextlib.contextmanager
+        def device(chosen):
+            self.current.device = chosen
+            yield
+            del self.current.device
+
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "device", device)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.here())
         monkeypatch.setattr(CudaDevice, "_make_arena", lambda self, nbytes: torch.zeros(nbytes, dtype=torch.uint8))
 
@@ -91,6 +105,66 @@ def test_a_lanes_event_is_done_once_its_stream_is(cuda):
     other.wait()
     one = [("work", "lane 1"), ("synchronize", "lane 1")]
     assert cuda.calls[1:] == [*one, *one, ("work", "lane 2"), ("synchronize", "lane 2")]
+    device.close()
+
+
+def test_a_lane_works_on_its_own_device(cuda):
+    device, found = CudaDevice(1, 128), []
+    device.submit("down", "", lambda: found.append(cuda.current.device)).wait()
+    assert found == [torch.device("cuda", 1)]
+    device.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_lane_copies_lives_until_its_stream_is_done(cuda, fails):
+    """The gradients' way up: the lane's work gives each up as soon as its copy is enqueued."""
+    device, there = CudaDevice(0, 128), torch.zeros(2, 8)
+    gradients = {"a": torch.ones(8), "b": torch.ones(8)}
+    there_still = [weakref.ref(gradient) for gradient in gradients.values()]
+    counts = []
+    cuda.when_synchronized = lambda: counts.append(sum(ref() is not None for ref in there_still))
+
+    def work():
+        for row, name in enumerate(("a", "b")):
+            device.copy(there[row], gradients.pop(name))
+        if fails:
+            raise ZeroDivisionError
+
+    up = device.submit("up", "", work)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        up.wait()
+    assert counts == [2]
+    assert torch.equal(there, torch.ones(2, 8))
+    device.close()
+    if not fails:  # an error holds the frames that it came through
+        assert [ref() for ref in there_still] == [None, None]
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_no_copy_crosses_the_border_of_two_registered_pieces(cuda, monkeypatch, up):
+    device, piece = CudaDevice(0, 128), 256
+    monkeypatch.setattr(devices_cuda, "PIECE", piece)
+    host, apart = torch.zeros(1024, dtype=torch.uint8), torch.zeros(1024, dtype=torch.uint8)
+    values, starts = torch.arange(150, dtype=torch.float32), []
+    begin = 128
+    near = host[begin : begin + values.nbytes].data.view(torch.float32).view(10, 15)
+    far = apart[: values.nbytes].view(torch.float32).view(10, 15)
+    (far if up else near).copy_(values.view(10, 15))
+    plain = torch.Tensor.copy_
+
+    def copy_(there, here, non_blocking=False):
+        assert non_blocking
+        part = there if up else here
+        first = part.data_ptr() - host.data_ptr()
+        starts.append(first)
+        assert first // piece == (first + part.nbytes - 1) // piece
+        return plain(there, here)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    monkeypatch.setattr(devices_cuda, "_on_host", lambda tensor: tensor.untyped_storage().data_ptr() == host.data_ptr())
+    device.submit("up", "", lambda: device.copy(*((near, far) if up else (far, near)))).wait()
+    assert starts == [128, 256, 512]
+    assert torch.equal((near if up else far).flatten(), values)
     device.close()
 
 
@@ -172,3 +246,60 @@ def test_spans_of_arithmetic_are_the_devices_times(cuda):
 def test_without_a_timeline_events_keep_no_time(cuda):
     _, made = CudaDevice(0, 128).compute("", lambda: None)
     assert not made.recorded.timed
+
+
+def test_a_number_that_is_read_notes_what_it_waited_for(cuda):
+    timeline = Timeline()
+    device = CudaDevice(0, 128, timeline=timeline)
+    value, made = device.compute("head norm", lambda: torch.tensor(2.5))
+    made.settle()
+    assert device.number(value) == 2.5
+    assert [span.what for span in timeline.spans()] == ["head norm"]
+
+
+class Late:
+    """CUDA as far as the lanes see it, on the CPU: a copy is done when its stream is waited for, and takes NaN from a
+    tensor that is gone by then."""
+
+    def __init__(self, monkeypatch):
+        cuda, plain, start = Cuda(monkeypatch), torch.Tensor.copy_, CudaDevice._start
+        self.copies = 0
+        pending = {}
+
+        def copy_(there, here, non_blocking=False):
+            if not non_blocking:
+                return plain(there, here)
+            whole = here if here._base is None else here._base
+            stretch = here.storage_offset(), here.shape
+            pending.setdefault(threading.get_ident(), []).append((there, weakref.ref(whole), stretch))
+            return there
+
+        def finish():
+            for there, whole, (start, shape) in pending.pop(threading.get_ident(), ()):
+                self.copies += 1
+                if whole() is None:
+                    there.fill_(float("nan"))
+                else:
+                    plain(there, whole().as_strided(shape, there.stride(), start))
+
+        def on_the_cpu(device, _, *rest):
+            start(device, torch.device("cpu"), *rest)
+
+        cuda.when_synchronized = finish
+        monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+        monkeypatch.setattr(torch.cuda.Event, "query", lambda self: True)
+        monkeypatch.setattr(CudaDevice, "_start", on_the_cpu)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("name", ["host", "mixed", "disk"])
+@pytest.mark.parametrize("activations", ["device", "host"])
+def test_copies_that_end_late_change_no_bit(monkeypatch, tmp_path, name, activations, together):
+    setting = {"sizes": (2, 1), "steps": 3, "together": together}
+    wanted = train(Placement.resident(COUNT), **setting)
+    late = Late(monkeypatch)
+    monkeypatch.setattr(devices_cuda, "PIECE", 1 << 10)
+    placement = replace(PLACEMENTS[name], activations=activations)
+    got = train(placement, disk=str(tmp_path), device=CudaDevice(0, 1 << 20, optimizer_threads=1), **setting)
+    assert late.copies > 20
+    assert_same(got, wanted)

@@ -65,7 +65,7 @@ def test_bf16_moments_are_rounded_as_the_reference_rounds_them(precision):
                 gradients = [found.by_name[name] for name in group.names]
                 lists = group.working, gradients, group.exp_avg, group.exp_avg_sq, i + 1
                 options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
-                seed = (2 * index + group.decayed) << 32 | 5
+                seed = store.names().index(group.names[0]) << 32 | 5 if group.names else 5
                 adamw_ref(
                     *lists, **options, weight_decay=0.1 * group.decayed, masters=group.masters, lows=group.lows,
                     grad_scale=clip, stochastic_rounding_seed=seed,
@@ -86,6 +86,38 @@ def test_another_seed_rounds_bf16_moments_otherwise():
         memories.append(torch.cat(state_bytes(store)))
     assert torch.equal(memories[0], memories[1])
     assert not torch.equal(memories[0], memories[2])
+
+
+class Halves:
+    """Scales of a power of two, by what a name ends with."""
+
+    def lr_scale(self, name):
+        return 0.5 if name.endswith("1.weight") else 1.0
+
+    def decay_scale(self, name):
+        return 4.0 if name.endswith("1.weight") else 1.0
+
+    def eps_scale(self, name):
+        return 2.0 if name.startswith("h.") else 1.0
+
+
+def test_scales_of_lr_decay_and_eps_are_each_parameters_own():
+    store, ours, _ = toy("fp32", scales=Halves(), clip=0.0)
+    before = {name: store.read(name) for name in store.names()}
+    found = Executor(store).gradients([batches((3,))])
+    ours.step(found, 1e-3)
+    seen = set()
+    for name, start in before.items():
+        matrix, block = name.endswith("1.weight"), name.startswith("h.")
+        want, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+        decay = 0.0 if start.dim() < 2 else 0.4 if matrix else 0.1
+        adamw_ref(
+            [want], [found.by_name[name]], [m], [v], 1, lr=5e-4 if matrix else 1e-3, beta1=0.9, beta2=0.95,
+            eps=2e-8 if block else 1e-8, weight_decay=decay,
+        )  # fmt: skip
+        assert torch.equal(store.read(name), want), name
+        seen.add((matrix, block, decay))
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,13 +1,14 @@
 """GPT-2's architecture as parts that an executor walks one by one: embed, h[0], ..., h[L-1], head.
 
-    x = wte[ids] + wpe[0..T)                                    embed   (B, T) -> (B, T, D)
-    x = x + attention(ln_1(x));  x = x + mlp(ln_2(x))           h[l]    (B, T, D) -> (B, T, D)
-    loss = cross_entropy(ln_f(x) wte^T, targets)                head    (B, T, D) -> scalar
+    x = e (wte[ids] + wpe[0..T))                                embed   (B, T) -> (B, T, D)
+    x = x + r attention(ln_1(x));  x = x + r mlp(ln_2(x))       h[l]    (B, T, D) -> (B, T, D)
+    loss = cross_entropy(o ln_f(x) wte^T, targets)              head    (B, T, D) -> scalar
 
-Parameters carry Hugging Face GPT-2's names and layout: projections are (in, out). Sources: Radford et al.
-2019 (GPT-2); Dey et al. 2023 (Cerebras-GPT, arXiv 2304.03208). Shape legend: B batch, T time, D d_model, H
-heads, K head dim, F d_ff, V vocab. Parameters may be fp32, bf16 or fp16; every part computes in the type of
-its parameters.
+e, r, o are the config's embedding_scale, residual_scale and logits_scale: 1 unless a parametrization says otherwise,
+and free then. Positions may come from elsewhere than wpe (position.py), and a norm, ln_emb, may follow the embedding.
+Parameters carry Hugging Face GPT-2's names and layout: projections are (in, out). Sources: Radford et al. 2019 (GPT-2);
+Dey et al. 2023 (Cerebras-GPT, arXiv 2304.03208). Shape legend: B batch, T time, D d_model, H heads, K head dim, F d_ff,
+V vocab. Parameters may be fp32, bf16 or fp16; every part computes in the type of its parameters.
 """
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from cgpt.errors import InputError
 from cgpt.model.config import GPTConfig
 from cgpt.model.init import init_parameter
-from cgpt_ext import attention_qkv, cross_entropy, embedding, gelu_mlp, layer_norm
+from cgpt.model.position import Unmarked, positions_of
+from cgpt_ext import cross_entropy, embedding, gelu_mlp, layer_norm
 
 
 class Table(nn.Module):
@@ -35,48 +37,48 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_in, d_out))
         self.bias = nn.Parameter(torch.empty(d_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """(..., in) -> (..., out), times `scale` within the product."""
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight, beta=scale, alpha=scale)
         return y.view(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.Module):
-    """Fused LayerNorm over the last dimension; with `residual`, returns (norm(x + residual), x +
+    """Fused LayerNorm over the last dimension, times `scale`; with `residual`, returns (norm(x + residual), x +
     residual)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.d_model))
         self.bias = nn.Parameter(torch.empty(config.d_model))
-        self.eps = config.layer_norm_eps
+        self.eps, self.scale = config.layer_norm_eps, scale
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """(..., D) -> (..., D), or a pair of them."""
-        return layer_norm(x, self.weight, self.bias, self.eps, residual)
+        weight, bias = _scaled(self.weight, self.scale), _scaled(self.bias, self.scale)  # D values, not B T D
+        return layer_norm(x, weight, bias, self.eps, residual)
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention on one packed projection, whose gradient is written once."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, positions: Unmarked) -> None:
         super().__init__()
         self.c_attn = Projection(config.d_model, 3 * config.d_model)
         self.c_proj = Projection(config.d_model, config.d_model)
-        self.n_head = config.n_head
-        self.softmax_scale = config.d_head**-0.5
+        self.positions, self.scale = positions, config.residual_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return self.c_proj(attention_qkv(self.c_attn(x), self.n_head, True, self.softmax_scale))
+        """(B, T, D) -> (B, T, D), what it adds to the stream."""
+        return self.c_proj(self.positions.attend(self.c_attn(x)), self.scale)
 
 
 class MLP(nn.Module):
-    """gelu(x W1 + b1) W2 + b2, fused."""
+    """gelu(x W1 + b1) W2 + b2, fused; W1's columns are gate and value side by side where there is a gate."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Projection(config.d_model, config.d_ff)
+        self.c_fc = Projection(config.d_model, config.d_fc)
         self.c_proj = Projection(config.d_ff, config.d_model)
         self.activation = config.activation
 
@@ -87,19 +89,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-LayerNorm layer; the second norm takes the first residual addition with it."""
+    """One pre-LayerNorm layer; the second norm takes the first residual addition with it. positions: the model's, or
+    its own."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, positions: Unmarked | None = None) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, positions or positions_of(config))
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
+        self.scale = config.residual_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         y, x = self.ln_2(self.attn(self.ln_1(x)), residual=x)
-        return x + self.mlp(y)
+        return torch.add(x, self.mlp(y), alpha=self.scale)
 
 
 class Head:
@@ -120,7 +124,7 @@ class Head:
 
 
 class GPT(nn.Module):
-    """The whole model; `state_dict()` has the names and shapes of Hugging Face's GPT2Model.
+    """The whole model; `state_dict()` has the names and shapes of Hugging Face's GPT2Model, as far as that has them.
 
     config: its shape. seed: of the initial weights (see cgpt.model.init). Built under `torch.device("meta")`
     it costs nothing and holds nothing; give it storage with `to_empty` and values with `init_weights` or
@@ -131,9 +135,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = Table(config.vocab_size, config.d_model)
-        self.wpe = Table(config.seq_len, config.d_model)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config)
+        self.wpe = Table(config.position_rows, config.d_model) if config.position_rows else None
+        self.ln_emb = LayerNorm(config) if config.embedding_norm else None
+        positions = positions_of(config)
+        self.h = nn.ModuleList(Block(config, positions) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config, config.logits_scale)
         if not self.wte.weight.is_meta:
             self.init_weights(seed)
 
@@ -157,7 +163,9 @@ class GPT(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
                 raise InputError(f"GPT: token ids must be in [0, {self.config.vocab_size}), got {wrong}")
-        return embedding(ids, self.wte.weight, self.wpe.weight)
+        x = embedding(ids, self.wte.weight, None if self.wpe is None else self.wpe.weight)
+        x = _scaled(x, self.config.embedding_scale)
+        return x if self.ln_emb is None else self.ln_emb(x)
 
     @property
     def head(self) -> Head:
@@ -170,3 +178,8 @@ class GPT(nn.Module):
         for block in self.h:
             x = block(x)
         return self.head.logits(x) if targets is None else self.head(x, targets)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """x itself where the factor is 1: no work, no node in the graph."""
+    return x if factor == 1.0 else x * factor

@@ -1,14 +1,16 @@
 """Model sizes and how each was trained: one row a size.
 
 The seven published rows are Cerebras-GPT (Dey et al. 2023, arXiv 2304.03208, tables 1 and 6) and its released
-configurations: 20 tokens per parameter on the Pile. `tiny` and `mini` are ours, with the same vocabulary,
-sized and tuned so that two CPU cores see the loss fall: tiny in minutes on a book, mini in hours on a few
-million tokens.
+configurations: 20 tokens per parameter on the Pile. Each has a muP form, `111M-mup` and so on: the same tokens, the
+numbers of cgpt.model.parametrization's table at the published base, linear decay. The paper trained five of those;
+6.7B and 13B follow the same rules. `tiny` and `mini` are ours, with the same vocabulary, sized and tuned so that two
+CPU cores see the loss fall: tiny in minutes on a book, mini in hours on a few million tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cgpt.model.config import GPTConfig
+from cgpt.model.parametrization import CEREBRAS, parametrize
 from cgpt.schedule import tokens_after
 
 GPT2_VOCAB = 50257
@@ -22,7 +24,7 @@ class Preset:
     batch_schedule: (from_tokens, sequences) steps, see cgpt.schedule. Sequences are config.seq_len tokens
     long.
     steps: optimizer steps of the whole run. lr: the peak. decay: of cgpt.schedule.DECAYS. Weight decay spares
-    biases and LayerNorm.
+    biases and LayerNorm. parametrization: of cgpt.model.parametrization.KINDS, what the config's numbers follow.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Preset:
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     min_lr_ratio: float = 0.1
+    parametrization: str = "sp"
 
     @property
     def tokens(self) -> int:
@@ -92,4 +95,14 @@ _ROWS = (
 )
 # fmt: on
 
-PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
+
+def _mup(row: Preset) -> Preset:
+    """The muP form of a published row."""
+    config = parametrize(row.config, "mup", CEREBRAS)
+    name = f"{row.name}-mup"
+    return replace(row, name=name, config=config, lr=CEREBRAS.lr, decay="linear", parametrization="mup")
+
+
+_PUBLISHED = _ROWS[2:]
+
+PRESETS: dict[str, Preset] = {row.name: row for row in (*_ROWS, *map(_mup, _PUBLISHED))}

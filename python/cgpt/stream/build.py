@@ -21,7 +21,7 @@ def layers_of(model: GPT) -> list[Layer]:
 
     blocks = [Layer(f"h.{i}", block, reads(f"h.{i}.")) for i, block in enumerate(model.h)]
     head = Layer("head", model.head, reads("ln_f.") | reads("wte."))
-    return [Layer("embed", model.embed, reads("wte.", "wpe.")), *blocks, head]
+    return [Layer("embed", model.embed, reads("wte.", "wpe.", "ln_emb.")), *blocks, head]
 
 
 def check_device(device: str) -> None:

@@ -272,10 +272,11 @@ def _abandon(ended: threading.Event, lanes: dict[str, tuple[SimpleQueue, threadi
 
 
 def open_device(name: str, arena_bytes: int, **options) -> Device:
-    """The device torch calls `name`, "cpu" or "cuda" or "cuda:1"."""
+    """The device torch calls `name`, "cpu", "cuda" (the current one) or "cuda:1"."""
     kind = torch.device(name)
     if kind.type == "cpu":
         return CpuDevice(arena_bytes, **options)
     from cgpt.stream.devices_cuda import CudaDevice
 
-    return CudaDevice(kind.index or 0, arena_bytes, **options)
+    index = torch.cuda.current_device() if kind.index is None else kind.index
+    return CudaDevice(index, arena_bytes, **options)

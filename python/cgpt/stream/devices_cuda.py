@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import torch
 
 from cgpt.stream.cores import usable_cores
 from cgpt.stream.devices import CpuDevice, Event
+
+PIECE = 1 << 30  # bytes from the start of a host arena that are registered with CUDA at once (csrc/host/arena.cpp)
 
 
 class StreamEvent(Event):
@@ -46,11 +49,31 @@ class CudaDevice(CpuDevice):
         self._streams: dict[str, torch.cuda.Stream] = {}
         self._unnoted: deque[tuple[str, StreamEvent, StreamEvent, float]] = deque()
         self._reference: tuple[StreamEvent, float] | None = None  # one moment, on the device's clock and on the host's
+        self._in_flight = threading.local()  # .tensors: those of a lane's copies that its stream may not be done with
         # The lanes' streams do not wait for the one that has just filled the arena with zeros.
         torch.cuda.current_stream(self.torch_device).synchronize()
 
     def copy(self, there, here):
-        there.copy_(here, non_blocking=True)
+        """Both are kept until the lane's stream is done with them: freed before, a gradient's memory would go to the
+        next tensor of the compute stream, which knows nothing of this copy. Memory that is registered and memory that
+        is not cannot be copied at once (CUDA driver API, "API synchronization behavior"), so a copy ends where a piece
+        does."""
+        self._in_flight.tensors.append((there, here))
+        host = there if _on_host(there) else here
+        start = host.data_ptr() - host.untyped_storage().data_ptr()
+        if start % PIECE + host.nbytes <= PIECE:
+            there.copy_(here, non_blocking=True)
+            return
+        there, here, done = there.view(-1), here.view(-1), 0
+        while done < host.numel():
+            end = min(host.numel(), done + (PIECE - (start + done * host.itemsize) % PIECE) // host.itemsize)
+            there[done:end].copy_(here[done:end], non_blocking=True)
+            done = end
+
+    def number(self, value):
+        found = value.item()
+        self._note_arithmetic()  # whoever asks next what a step took gets all of it
+        return found
 
     def settle(self):
         super().settle()
@@ -92,8 +115,15 @@ class CudaDevice(CpuDevice):
     def _do(self, lane: str, work: Callable[[], None]) -> None:
         if lane not in self._streams:
             self._streams[lane] = torch.cuda.Stream(self.torch_device)
-        with torch.cuda.stream(self._streams[lane]):
+        # The device by itself: leaving a stream alone would make device 0 current, and give it a context.
+        with torch.cuda.device(self.torch_device), torch.cuda.stream(self._streams[lane]):
+            self._in_flight.tensors = []
             try:
                 work()
             finally:  # what it has enqueued before it failed still uses its tensors
                 self._streams[lane].synchronize()
+                self._in_flight.tensors = []
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -11,13 +11,18 @@ def gpt_plans(config: GPTConfig) -> list[LayerPlan]:
     """What each layer of a GPT of this shape owns and reads."""
     d = config.d_model
     wte = {"wte.weight": (config.vocab_size, d)}
-    embed = wte | {"wpe.weight": (config.seq_len, d)}
+    embed = dict(wte)
+    if config.position_rows:
+        embed["wpe.weight"] = (config.position_rows, d)
+    if config.embedding_norm:
+        embed |= {"ln_emb.weight": (d,), "ln_emb.bias": (d,)}
     head = {"ln_f.weight": (d,), "ln_f.bias": (d,)} | wte
-    blocks = [(f"h.{i}", _block(f"h.{i}.", d, config.d_ff)) for i in range(config.n_layer)]
+    blocks = [(f"h.{i}", _block(f"h.{i}.", config)) for i in range(config.n_layer)]
     return layers_plan([("embed", embed), *blocks, ("head", head)])
 
 
-def _block(prefix: str, d: int, d_ff: int) -> Shapes:
+def _block(prefix: str, config: GPTConfig) -> Shapes:
+    d = config.d_model
     shapes = {
         "ln_1.weight": (d,),
         "ln_1.bias": (d,),
@@ -27,9 +32,9 @@ def _block(prefix: str, d: int, d_ff: int) -> Shapes:
         "attn.c_proj.bias": (d,),
         "ln_2.weight": (d,),
         "ln_2.bias": (d,),
-        "mlp.c_fc.weight": (d, d_ff),
-        "mlp.c_fc.bias": (d_ff,),
-        "mlp.c_proj.weight": (d_ff, d),
+        "mlp.c_fc.weight": (d, config.d_fc),
+        "mlp.c_fc.bias": (config.d_fc,),
+        "mlp.c_proj.weight": (config.d_ff, d),
         "mlp.c_proj.bias": (d,),
     }
     return {prefix + name: shape for name, shape in shapes.items()}

@@ -12,10 +12,11 @@ from 2^16, doubled after 2000 good steps in a row, halved by each step that over
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 
-from cgpt.errors import InputError
+from cgpt.errors import Diverged
 from cgpt.stream.gradients import Gradients
 from cgpt.stream.record import Group, Record, parameter_view
 from cgpt.stream.store import Store, Update
@@ -26,11 +27,20 @@ GOOD_STEPS = 2000
 MOST_SKIPS = 50  # in a row; from 2^16 the loss scale is then far below any that helps
 
 
+class Scales(Protocol):
+    """What lr, weight decay and eps are multiplied by for each parameter, by its name; GPTConfig has them."""
+
+    def lr_scale(self, name: str) -> float: ...
+    def decay_scale(self, name: str) -> float: ...
+    def eps_scale(self, name: str) -> float: ...
+
+
 class AdamW:
     """Decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101) on the store's decayed groups.
 
     seed: of the rounding of bf16 moments, whose random bits are a function of it, of the update's number and of the
-    parameter alone (csrc/adamw.h): wherever a layer lives, it gets the same.
+    parameter alone (csrc/adamw.h): wherever a layer lives, it gets the same. scales: of lr, weight decay and eps, where
+    parameters differ in them (default: none do).
     """
 
     def __init__(
@@ -43,12 +53,15 @@ class AdamW:
         weight_decay: float = 0.1,
         clip: float = 1.0,
         seed: int = 0,
+        scales: Scales | None = None,
     ):
         self.store = store
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.weight_decay = weight_decay
         self.clip = clip
         self.seed = seed
+        self._scales = {name: _scales_of(scales, name) for name in store.names()}
+        self._number = {name: i for i, name in enumerate(store.names())}
         self.updates = 0
         self.skipped = 0
         self.dynamic = store.format.precision == "fp16"
@@ -62,7 +75,7 @@ class AdamW:
         The clip is exact and known here, so nothing waits for it: records on the device are updated now, the others
         on the optimizer's lane, layer by layer just ahead of the next walk that gathers them.
 
-        Raises InputError after MOST_SKIPS skipped in a row: that run learns nothing.
+        Raises Diverged after MOST_SKIPS skipped in a row: that run learns nothing.
         """
         if not math.isfinite(gradients.norm):
             self.skipped += 1
@@ -71,16 +84,15 @@ class AdamW:
             if self.dynamic:
                 self.loss_scale /= 2
             if self.skipped_in_a_row == MOST_SKIPS:
-                raise InputError(
-                    f"gradients: wanted a finite norm, got {gradients.norm} in {MOST_SKIPS} steps in a row"
-                )
+                raise Diverged(f"gradients: wanted a finite norm, got {gradients.norm} in {MOST_SKIPS} steps in a row")
             return False
         self.skipped_in_a_row = 0
         norm = gradients.norm / self.loss_scale
         clip = self.clip / norm if self.clip and norm > self.clip else 1.0
         self.updates += 1
+        scales = self._on_each_device(clip / self.loss_scale)
         for index, layer in enumerate(self.store.layers):  # in forward order: the next step's walk asks in that order
-            work = self._update_of(gradients, index, clip / self.loss_scale, lr)
+            work = self._update_of(gradients, index, scales, lr)
             if work is not None:
                 ready = [gradients.ready[index]] if index in gradients.ready else []
                 self.store.update(index, f"{layer.name} AdamW", work, ready)
@@ -90,14 +102,20 @@ class AdamW:
             self.good_steps = 0
         return True
 
-    def _update_of(self, gradients: Gradients, index: int, grad_scale: float, lr: float) -> Update | None:
+    def _on_each_device(self, number: float) -> dict[bool, torch.Tensor]:
+        """As fp32 where records are updated, by whether that is the device: made once a step, for that waits for it."""
+        tiers = {home == "device" for home in self.store.placement.state}
+        devices = {tier: self.store.device if tier else torch.device("cpu") for tier in tiers}
+        return {tier: torch.tensor(number, dtype=torch.float32, device=device) for tier, device in devices.items()}
+
+    def _update_of(
+        self, gradients: Gradients, index: int, scales: dict[bool, torch.Tensor], lr: float
+    ) -> Update | None:
         """What updates a record of layer `index` when called; None where nothing of it has a gradient."""
         found = {name: gradients.by_name[name] for name in self.store.owned[index] if name in gradients.by_name}
         if not found:
             return None
-        updates = self.updates
-        device = self.store.device if self.store.placement.state[index] == "device" else "cpu"
-        scale = torch.tensor(grad_scale, dtype=torch.float32, device=device)
+        updates, scale = self.updates, scales[self.store.placement.state[index] == "device"]
 
         def work(record: Record, beside: torch.Tensor | None) -> None:
             mine = found
@@ -105,37 +123,41 @@ class AdamW:
                 names = record.layout.names
                 mine = {name: parameter_view(beside, record.layout, names.index(name)) for name in found}
             for group in record.groups():
-                self._update(group, mine, updates, lr, scale, self._seed_of(index, group))
+                for alike in self._alike(group, mine):
+                    self._update(group, alike, mine, updates, lr, scale)
 
         return work
 
-    def _seed_of(self, index: int, group: Group) -> int | None:
-        """None where nothing is rounded at random; lists that step together have different ones."""
-        if self.store.format.moments == "fp32":
-            return None
-        return (2 * index + group.decayed) << 32 | self.seed & 0xFFFFFFFF
+    def _alike(self, group: Group, found: dict[str, torch.Tensor]) -> list[list[int]]:
+        """The places in `group` of parameters that have gradients, those of the same scales together."""
+        places: dict[tuple[float, float, float], list[int]] = {}
+        for i, name in enumerate(group.names):
+            if name in found:
+                places.setdefault(self._scales[name], []).append(i)
+        return list(places.values())
 
     def _update(
-        self, group: Group, found: dict[str, torch.Tensor], updates: int, lr: float, scale, seed: int | None
+        self, group: Group, there: list[int], found: dict[str, torch.Tensor], updates: int, lr: float, scale
     ) -> None:
-        there = [i for i, name in enumerate(group.names) if name in found]
-        if not there:
-            return
+        first = group.names[there[0]]
+        lr_scale, decay_scale, eps_scale = self._scales[first]
+        rounded = self.store.format.moments == "bf16"
         adamw_(
             [group.working[i] for i in there],
             [found[group.names[i]] for i in there],
             [group.exp_avg[i] for i in there],
             [group.exp_avg_sq[i] for i in there],
             updates,
-            lr=lr,
+            lr=lr * lr_scale,
             beta1=self.beta1,
             beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay if group.decayed else 0.0,
+            eps=self.eps * eps_scale,
+            weight_decay=self.weight_decay * decay_scale if group.decayed else 0.0,
             masters=group.masters and [group.masters[i] for i in there],
             lows=group.lows and [group.lows[i] for i in there],
             grad_scale=scale,
-            stochastic_rounding_seed=seed,
+            # lists that step together must differ in it, and no parameter is in two
+            stochastic_rounding_seed=self._number[first] << 32 | self.seed & 0xFFFFFFFF if rounded else None,
         )
 
     def state(self) -> dict:
@@ -150,3 +172,9 @@ class AdamW:
     def load_state(self, state: dict) -> None:
         self.updates, self.skipped = int(state["updates"]), int(state["skipped"])
         self.loss_scale, self.good_steps = float(state["loss_scale"]), int(state["good_steps"])
+
+
+def _scales_of(scales: Scales | None, name: str) -> tuple[float, float, float]:
+    if scales is None:
+        return 1.0, 1.0, 1.0
+    return scales.lr_scale(name), scales.decay_scale(name), scales.eps_scale(name)

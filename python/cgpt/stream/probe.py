@@ -3,8 +3,8 @@ run then measures.
 
     down, up       copies of 64 MiB between host and device
     optimizer      AdamW on 4M parameters in the run's own format, on as many threads as its lane has
-    read, write    64 MiB each of the disk tier, both at once as in a run; what is read was written before, for a stretch
-                   of a new file that nobody has written costs nothing to read
+    read, write    64 MiB each of the disk tier, both at once as in a run; only what has been written costs a disk
+                   anything to read
     compute        the first step's own FLOPs over its own seconds: no model of a GEMM is needed
 """
 
