@@ -153,6 +153,14 @@ def test_what_does_not_fit_is_still_a_plan(capsys):
     assert disk["streams"]["state"]["disk"] > 0
 
 
+def test_where_shapes_are_far_apart_the_budget_holds(capsys):
+    """With GPT-2's vocabulary a width of 8 more is 420,000 parameters: the ratio gives way, and is told."""
+    found = agrees(answer(capsys, "--flops", "5.3e13"))
+    assert found["flops"] == pytest.approx(5.3e13, rel=1e-3)
+    assert 24 < found["tokens_per_param"] < 32
+    assert found["notes"][0] == "the nearest shape has 420,200 parameters, -19 % of the 522k looked for"
+
+
 def test_more_devices_divide_the_time_alone(capsys):
     one, eight = (answer(capsys, "--flops", "1e20", "--count", count, "--utilisation", 0.5) for count in (1, 8))
     assert one["time"]["seconds"] == pytest.approx(8 * eight["time"]["seconds"])

@@ -36,16 +36,17 @@ RESIDUAL_STD, RESIDUAL_STD_OF = 0.0025, (0.88e9, 14e9)  # as released, of models
 
 @dataclass(frozen=True)
 class Proposal:
-    """point: the exact parameters and tokens, and the law. flops_per_token: of the shape, by the published convention.
+    """best: parameters that a shape was looked for of. point: the shape's parameters, its tokens, and the law.
 
-    utilisation: of the devices' peak, in FLOPs of that convention, and `reason`, where it comes from. found: where its
-    memory lives on one device, or None and `refusal`. options: other uses of the same FLOPs. life: with inference, the
-    law that was asked and what it says.
+    flops_per_token: of the shape, by the published convention. utilisation: of the devices' peak, in FLOPs of that
+    convention, and `reason`, where it comes from. found: where its memory lives on one device, or None and `refusal`.
+    options: other uses of the same FLOPs. life: with inference, the law that was asked and what it says.
     """
 
     wanted: Wanted
     budget: Budget | None
     law: Law
+    best: float
     point: Point
     shape: GPTConfig
     flops_per_token: int
@@ -128,7 +129,7 @@ def propose(asked: Plan) -> Proposal:
     wanted = Wanted(flops, asked.params, asked.tokens, asked.loss, asked.inference_tokens)
     law = _law(asked.law)
     point = choose(wanted, law, family)
-    law = law or LAWS[point.law.name]
+    law, best = law or LAWS[point.law.name], point.params
 
     shape = _shape(family, point.params)
     each = flops_per_token(shape).total
@@ -156,6 +157,7 @@ def propose(asked: Plan) -> Proposal:
         wanted=wanted,
         budget=budget,
         law=law,
+        best=best,
         point=point,
         shape=shape,
         flops_per_token=each,

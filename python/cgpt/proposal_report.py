@@ -11,9 +11,11 @@ import numpy as np
 from cgpt.files import write_atomically
 from cgpt.fit_report import check_picture
 from cgpt.metrics import human
+from cgpt.model.presets import GPT2_VOCAB
 from cgpt.proposal import Proposal, mup_settings
 from cgpt.scaling.budget import HOUR
 from cgpt.scaling.flops import PF_DAY
+from cgpt.scaling.law_files import FittedLaw
 from cgpt.scaling.laws import LAWS
 from cgpt.scaling.planner import Point, interval, of_family
 from cgpt.scaling.published import PUBLISHED
@@ -85,17 +87,18 @@ def to_dict(found: Proposal) -> dict:
 def notes(found: Proposal) -> list[str]:
     """What a reader should know before trusting the numbers."""
     said, params = [], found.shape.n_params
-    wanted = found.wanted.params
-    if wanted is not None and abs(params / wanted - 1) > OFF:
-        said.append(
-            f"the nearest shape has {params:,} parameters, {100 * (params / wanted - 1):+.0f} % of what was asked"
-        )
+    off = params / found.best - 1
+    if abs(off) > OFF:
+        sought = "those asked for" if found.wanted.params is not None else f"the {_many(found.best)} looked for"
+        said.append(f"the nearest shape has {params:,} parameters, {100 * off:+.0f} % of {sought}")
     least, most = FITTED.get(found.law.name, (0.0, math.inf))
     if not least / 2 < found.flops < 2 * most:
         said.append(f"{found.law.name} was fitted from {least:.2g} to {most:.2g} FLOPs: this is an extrapolation")
     if found.point.loss > math.log(found.shape.vocab_size):
         guess = math.log(found.shape.vocab_size)
         said.append(f"guessing among the vocabulary costs {guess:.2f} nats a token: the law does not reach down here")
+    if found.shape.vocab_size != GPT2_VOCAB and not isinstance(found.law, FittedLaw):
+        said.append(f"{found.law.name} tells the loss per token of its own data and vocabulary, not of another")
     if found.count > 1:
         said.append(f"{found.count} devices are taken to be {found.count} times one: nothing is lost between them")
     forecast = found.forecast_utilisation

@@ -66,7 +66,9 @@ class Point:
 
     @property
     def loss(self) -> float:
-        """Nats per token. Raises InputError where the law does not know such a point."""
+        """Nats per token; by a law of one ratio that of the FLOPs, whose shape may be a little off the ratio."""
+        if isinstance(self.law, ComputeLaw):
+            return self.law.loss_at_compute(self.flops)
         return self.law.loss(self.params, self.tokens)
 
     def loss_by(self, law: Law) -> float | None:
@@ -124,24 +126,32 @@ def choose(wanted: Wanted, law: Law | None, family: Family) -> Point:
             if whole_life and isinstance(law, ComputeLaw):
                 raise InputError(f"--law: wanted one of parameters and tokens, got {law.name}, which knows one ratio")
             return _choose(wanted, of_family(law, family))
+        cerebras = of_family(LAWS["cerebras"], family)
+        if len(given) == 1 and not whole_life:
+            return _choose(wanted, cerebras)
         if not whole_life:
-            with contextlib.suppress(*() if len(given) == 1 else (InputError,)):
-                return _choose(wanted, of_family(LAWS["cerebras"], family))
+            with contextlib.suppress(InputError):
+                return _choose(wanted, cerebras)
         return _choose(wanted, of_family(LAWS[ANY_RATIO], family))
 
 
 def settle(point: Point, wanted: Wanted, params: int, flops_per_token: float) -> Point:
-    """`point` for a shape of `params` parameters whose FLOPs per token are these: what was given goes on to hold."""
+    """`point` for a shape of `params` parameters whose FLOPs per token are these: what was given goes on to hold.
+
+    Raises InputError where `params` parameters cannot reach the loss.
+    """
     law = point.law.counting(lambda _: flops_per_token)
     if wanted.flops is not None:
         tokens = wanted.flops / flops_per_token
     elif wanted.tokens is not None:
         tokens = wanted.tokens
-    elif wanted.loss is not None:
+    elif wanted.loss is None:
+        tokens = point.tokens / point.params * params
+    elif isinstance(law, ComputeLaw):
+        tokens = law.compute_for(wanted.loss) / flops_per_token
+    else:
         with naming_flags():
             tokens = law.tokens_for(wanted.loss, params)
-    else:
-        tokens = point.tokens / point.params * params
     return Point(params, tokens, law)
 
 
@@ -219,7 +229,8 @@ def _choose(wanted: Wanted, law: Law) -> Point:
                 raise InputError(f"{name}: {error}") from error
         return Point(*law.optimal(flops), law)
     point = _of_two(given, law)
-    found = {"params": point.params, "tokens": point.tokens, "flops": point.flops, "loss": point.loss}
+    found = {"params": point.params, "tokens": point.tokens, "flops": point.flops}
+    found["loss"] = law.loss(point.params, point.tokens)  # which refuses another ratio than the law's
     for name, value in given.items():
         if abs(value / found[name] - 1) > AGREES[name]:
             others = " and ".join(f"--{other} {given[other]:.4g}" for other in given if other != name)
