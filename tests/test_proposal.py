@@ -158,7 +158,7 @@ def test_where_shapes_are_far_apart_the_budget_holds(capsys):
     found = agrees(answer(capsys, "--flops", "5.3e13"))
     assert found["flops"] == pytest.approx(5.3e13, rel=1e-3)
     assert 24 < found["tokens_per_param"] < 32
-    assert found["notes"][0] == "the nearest shape has 420,200 parameters, -19 % of the 522k looked for"
+    assert found["notes"][0] == "the nearest shape has 420,200 parameters, 19 % fewer than the 522k looked for"
 
 
 def test_more_devices_divide_the_time_alone(capsys):

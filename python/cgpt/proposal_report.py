@@ -90,7 +90,8 @@ def notes(found: Proposal) -> list[str]:
     off = params / found.best - 1
     if abs(off) > OFF:
         sought = "those asked for" if found.wanted.params is not None else f"the {_many(found.best)} looked for"
-        said.append(f"the nearest shape has {params:,} parameters, {100 * off:+.0f} % of {sought}")
+        more = "more" if off > 0 else "fewer"
+        said.append(f"the nearest shape has {params:,} parameters, {100 * abs(off):.0f} % {more} than {sought}")
     least, most = FITTED.get(found.law.name, (0.0, math.inf))
     if not least / 2 < found.flops < 2 * most:
         said.append(f"{found.law.name} was fitted from {least:.2g} to {most:.2g} FLOPs: this is an extrapolation")

@@ -53,11 +53,12 @@ def test_any_other_size_has_a_shape_close_by_that_tensor_cores_like(params):
 
 
 @pytest.mark.parametrize("family", [GPT2, Family(256, 128), Family(8000, 512)])
-@pytest.mark.parametrize("params", [4.3e5, 1e6, 5e6, 2e7])
+@pytest.mark.parametrize("params", [4.3e5, 1e6, 2e6, 5e6, 2e7])
 def test_small_ones_are_within_a_quarter_and_are_models(family, params):
     shape = config(*family.nearest(params), family)  # which checks the numbers
     assert abs(math.log(shape.n_params / params)) < math.log(1.25)
     assert shape.n_layer >= 2
+    assert shape.d_head >= 16 or shape.d_model <= 32
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_small_ones_are_within_a_quarter_and_are_models(family, params):
             2e5,
             r"parameters: wanted at least 420,200 with a vocabulary of 50257 and 2048 positions, got 2e\+05; --",
         ),
+        (6e5, r"parameters: wanted about 843,472, of the nearest shape with a vocabulary of 50257 and 2048"),
         (1e15, r"parameters: wanted at most 1e\+14, got 1e\+15"),
         (0, "params: wanted a number above 0, got 0"),
     ],

@@ -87,9 +87,12 @@ class Family:
         layers, d = min(self._candidates(params), key=cost)
         if abs(math.log(self.params(layers, d) / params)) > math.log1p(FARTHEST):
             least = self.params(LEAST_LAYERS, 8)
+            wanted = (
+                f"at least {least:,}" if params < least else f"about {self.params(layers, d):,}, of the nearest shape"
+            )
             raise InputError(
-                f"parameters: wanted at least {least:,} with a vocabulary of {self.vocab_size} and {self.seq_len} "
-                f"positions, got {params:.4g}; --vocab-size and --seq-len make models smaller"
+                f"parameters: wanted {wanted} with a vocabulary of {self.vocab_size} and {self.seq_len} positions, got "
+                f"{params:.4g}; --vocab-size and --seq-len make models smaller and their sizes finer"
             )
         return layers, d // _head(d), d
 
@@ -104,7 +107,7 @@ class Family:
 def _widths(low: float, high: float) -> Iterator[int]:
     d = 8
     while d <= max(high, 8):
-        if d >= low or d == 8:
+        if d == 8 or (d >= low and (_head(d) > 8 or d <= 32)):  # eleven heads of 8 are no model
             yield d
         d += 8 if d < 128 else 32 if d < 256 else 64 if d < WIDE else 128
 
