@@ -213,6 +213,10 @@ def test_published_sizes_are_planned_as_they_were_trained(capsys):
             "--params 1e9 --tokens 2e10 --flops 1e22",
             "--flops: wanted about 1.668e+20, what --params 1e+09",
         ),
+        (
+            "--budget '10 USD' --params 1e9 --tokens 2e10",
+            "--budget, in FLOPs: wanted about 1.668e+20, what --params 1e+09 and --tokens 2e+10 come to, got 6.53e+18",
+        ),
         ("--params 2e5", "parameters: wanted at least 420,200 with a vocabulary of 50257"),
         ("--params 1e8 --tokens 100", "tokens: wanted at least a sequence of 2048, got 100"),
         (

@@ -128,7 +128,12 @@ def propose(asked: Plan) -> Proposal:
         flops = budget.flops(on, assumed)
     wanted = Wanted(flops, asked.params, asked.tokens, asked.loss, asked.inference_tokens)
     law = _law(asked.law)
-    point = choose(wanted, law, family)
+    try:
+        point = choose(wanted, law, family)
+    except InputError as error:
+        if budget is None:
+            raise
+        raise InputError(str(error).replace("--flops", "--budget, in FLOPs")) from error
     law, best = law or LAWS[point.law.name], point.params
 
     shape = _shape(family, point.params)
