@@ -147,16 +147,19 @@ def check(
 
 
 def follow(shape: GPTConfig, lr: float, batch: Batch, steps: int, seed: int, precision: str = "fp32") -> np.ndarray:
-    """(steps + 1, QUANTITIES) float64: one model, read before each of its updates and after the last."""
+    """(steps + 1, QUANTITIES) float64: one model, read before each of its updates and after the last. A
+    row of nan where an update was skipped, for its gradient was not finite."""
     model, store = build(shape, Format(precision), "cpu")
     with contextlib.closing(store):
         store.initialise(lambda name, tensor: init_parameter(name, tensor, shape, seed))
         executor, optimizer = Executor(store), AdamW(store, scales=shape)
-        wanted, first = _wanted(model, batch), _look(model, batch)
+        gradients, first = score_gradients(model, batch), _look(model, batch)
+        wanted = -gradients / gradients.abs().sum()
         rows = [_row(first, first, wanted, batch, shape)]
         for _ in range(steps):
-            optimizer.step(executor.gradients([[batch]]), lr)
-            rows.append(_row(_look(model, batch), first, wanted, batch, shape))
+            applied = optimizer.step(executor.gradients([[batch]]), lr)
+            now = _row(_look(model, batch), first, wanted, batch, shape)
+            rows.append(now if applied else [math.nan] * len(QUANTITIES))
     return np.array(rows)
 
 
@@ -176,7 +179,7 @@ class _Seen:
 
 
 @contextlib.contextmanager
-def _watching(model: GPT) -> Iterator[_Seen]:
+def watching(model: GPT) -> Iterator[_Seen]:
     seen, hooks = _Seen(), []
 
     def note(name: str):
@@ -198,14 +201,15 @@ def _watching(model: GPT) -> Iterator[_Seen]:
 
 @torch.no_grad()
 def _look(model: GPT, batch: Batch) -> _Seen:
-    with _watching(model) as seen:
+    with watching(model) as seen:
         seen.logits = model(batch[0]).float()
     return seen
 
 
-def _wanted(model: GPT, batch: Batch) -> Tensor:
-    """(L, B, H, T, T) fp32: minus the loss's gradient by the scores, its absolute values adding up to 1."""
-    with torch.enable_grad(), _watching(model) as seen:
+def score_gradients(model: GPT, batch: Batch) -> Tensor:
+    """dloss/dscores, (L, B, H, T, T) fp32, which attention's own backward does not leave: by its formula, from q, k, v
+    and the gradient of what attention makes."""
+    with torch.enable_grad(), watching(model) as seen:
         gradients = torch.autograd.grad(model(*batch), seen.mixed)
     found = []
     with torch.no_grad():
@@ -214,9 +218,8 @@ def _wanted(model: GPT, batch: Batch) -> Tensor:
             future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
             p = _scores(q, k, model.config).masked_fill(future, -torch.inf).softmax(-1)
             dp = torch.einsum("bthd,bshd->bhts", dmixed.float().view_as(v), v)
-            found.append(p * ((p * dp).sum(-1, keepdim=True) - dp))
-        wanted = torch.stack(found)
-        return wanted / wanted.abs().sum()
+            found.append(p * (dp - (p * dp).sum(-1, keepdim=True)))
+    return torch.stack(found)
 
 
 def _heads(qkv: Tensor, shape: GPTConfig) -> tuple[Tensor, Tensor, Tensor]:
