@@ -32,6 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2, read_tokenizer
 from cgpt.errors import InputError
 from cgpt.files import read_signed_json, sha256_of, sync_folder, write_signed_json
 from cgpt.model.gpt import GPT
@@ -127,6 +128,12 @@ def open_trained(run: Path, device: str = "cpu") -> tuple[Recipe, dict, GPT, Sto
     model, store = build(recipe.shape, replace(recipe.format, training=False), device)
     load(path, store, manifest)
     return recipe, identity, model, store
+
+
+def open_tokenizer(run: Path, identity: dict) -> Tokenizer:
+    """The vocabulary of a run whose data has this identity: the copy that the run keeps, or GPT-2's."""
+    own = identity.get("vocabulary")
+    return gpt2() if own is None else read_tokenizer(run / TOKENIZER, own)
 
 
 def steps(folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ is asked for.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import io
 import json
@@ -83,6 +82,9 @@ class Prepare:
     """Text files (.txt, .jsonl, packed or not), folders of them, moby-dick or python-stdlib."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Dataset folder to write; one left by an interrupted run is finished."""
+    vocab_size: Int = None
+    """Learn a byte-pair vocabulary of so many ids from the text, which a model trained on DIR then has; 257 to 65535
+    (default: GPT-2's vocabulary of 50257)."""
     workers: Int = None
     """Threads that encode (default: one a core)."""
 
@@ -333,27 +335,28 @@ def _eval(command: Eval) -> None:
 
 
 def _generate(command: Generate) -> None:
-    from cgpt.checkpoint import open_trained
-    from cgpt.data.tokenizer import EOT, gpt2
+    from cgpt.checkpoint import open_tokenizer, open_trained
     from cgpt.evaluate.generate import generate
 
-    _, _, model, _ = open_trained(command.run, command.device)
-    ids = gpt2().encode_ordinary(command.prompt) or [EOT]
+    _, identity, model, _ = open_trained(command.run, command.device)
+    tokenizer = open_tokenizer(command.run, identity)
+    eot = tokenizer.eot
+    ids = tokenizer.encode_ordinary(command.prompt) or [eot]
     found = generate(
-        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot=EOT
+        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot=eot
     )
     print(command.prompt, end="", flush=True)
-    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    for token in found:
-        print(text.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
-    print(text.decode(b"", final=True))
+    for text in tokenizer.stream(found):
+        print(text, end="", flush=True)
+    print()
 
 
 def _prepare(command: Prepare) -> None:
     from cgpt.console import interactive
     from cgpt.data.prepare import prepare
 
-    _show(prepare(command.sources, command.out, workers=command.workers, progress=interactive()), False)
+    size, bar = command.vocab_size, interactive()
+    _show(prepare(command.sources, command.out, workers=command.workers, progress=bar, vocab_size=size), False)
 
 
 def _data_info(command: DataInfo) -> None:

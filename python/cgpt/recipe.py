@@ -184,8 +184,11 @@ class Recipe:
         return cls(**{**values, "shape": GPTConfig.from_dict(values["shape"]), "batch_schedule": schedule})
 
 
-def resolve(config: TrainConfig) -> Recipe:
-    """The recipe of a new run. Raises InputError, naming the flag, for values that make no run."""
+def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
+    """The recipe of a new run. Raises InputError, naming the flag, for values that make no run.
+
+    vocab_size: of the data's own vocabulary (default: the preset's).
+    """
     name = config.model or "tiny"
     if name not in PRESETS:
         raise InputError(f"--model: wanted one of {', '.join(PRESETS)}, got {name}")
@@ -225,6 +228,8 @@ def resolve(config: TrainConfig) -> Recipe:
         keep=config.keep or 2,
         **_where(config),
     )
+    if vocab_size is not None:
+        recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=vocab_size))
     if recipe.warmup_tokens > recipe.tokens:
         raise InputError(f"--warmup-tokens: wanted at most the run's {recipe.tokens}, got {recipe.warmup_tokens}")
     return recipe

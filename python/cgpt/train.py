@@ -24,13 +24,13 @@ import torch
 
 from cgpt import checkpoint, console
 from cgpt.data.loader import Loader, train_val_split, unigram_loss
-from cgpt.data.prepare import open_corpus
+from cgpt.data.prepare import open_corpus, own_vocab_size
 from cgpt.data.shards import TokenDataset
-from cgpt.data.tokenizer import EOT, gpt2
+from cgpt.data.tokenizer import TOKENIZER
 from cgpt.errors import Diverged, InputError
 from cgpt.evaluate.generate import generate
 from cgpt.evaluate.loss import HeldOut, held_out_loss, identity_of, to_device, windows_within
-from cgpt.files import lock_folder
+from cgpt.files import lock_folder, write_atomically
 from cgpt.lanes import LaneReport
 from cgpt.metrics import Metrics, Summary, human, peak_memory_bytes
 from cgpt.model.gpt import GPT
@@ -87,7 +87,7 @@ class Job:
 def job_of(config: TrainConfig) -> Job:
     """What `config` asks for. Raises InputError, naming the flag, where it makes no run."""
     if not config.resume:
-        recipe = resolve(config)
+        recipe = resolve(config, config.data and own_vocab_size(config.data))
         return Job(recipe, new_folder(config, recipe), None, config.timeline)
     folder = resumed_folder(config)
     saved, identity = read_config(folder)
@@ -239,7 +239,10 @@ def open_run(job: Job) -> Run:
         if not run.step:
             store.initialise(lambda name, tensor: init_parameter(name, tensor, recipe.shape, recipe.seed))
         write_config(folder, recipe, found)
+        if dataset.vocabulary is not None:  # so that the run can be read without its data
+            write_atomically(folder / TOKENIZER, dataset.tokenizer.file)
         told = f"{dataset.name}: {human(train_split.n_tokens)} tokens to train on, {human(val_split.n_tokens)} held out"
+        told += f", vocabulary of {dataset.vocab_size:,}"
         console.report(recipe, store.n_parameters, told, implementations, folder)
         if placed.streams:
             console.say(f"placed   {describe(placed)}")
@@ -331,14 +334,13 @@ def save(run: Run, seconds: float) -> None:
 
 def sample(run: Run) -> str:
     """Held-out text's first tokens and, after a bar, how the model goes on."""
-    prompt = run.held_out.split.tokens(0, min(SAMPLE_PROMPT, run.recipe.seq_len)).tolist()
-    if max(prompt) >= gpt2().n_vocab:
-        return "not shown: the tokens are not GPT-2's"
-    prompt = [token for token in prompt if token != EOT] or [EOT]
-    ids = generate(
-        run.model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=run.recipe.seed, eot=EOT, walk=run.executor
-    )
-    return f"{gpt2().decode(prompt)}|{gpt2().decode(list(ids))}"
+    tokenizer, seed = run.dataset.tokenizer, run.recipe.seed
+    if tokenizer is None:
+        return "not shown: the tokens' vocabulary is not known"
+    eot, prompt = tokenizer.eot, run.held_out.split.tokens(0, min(SAMPLE_PROMPT, run.recipe.seq_len)).tolist()
+    prompt = [token for token in prompt if token != eot] or [eot]
+    ids = generate(run.model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed, eot=eot, walk=run.executor)
+    return f"{tokenizer.decode(prompt)}|{tokenizer.decode(ids)}"
 
 
 def resume_command(folder: Path) -> str:
