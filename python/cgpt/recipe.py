@@ -17,15 +17,22 @@ import tyro
 
 from cgpt.errors import InputError
 from cgpt.files import write_atomically
-from cgpt.model.config import ACTIVATIONS, POSITIONS, GPTConfig, variant
+from cgpt.model.config import ACTIVATIONS, POSITIONS, GPTConfig, resized, variant
 from cgpt.model.parametrization import CEREBRAS, KINDS, parametrize
 from cgpt.model.presets import PRESETS, Preset
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
 from cgpt.stream.format import Format
 from cgpt.stream.limits import parse_bytes
+from cgpt.transfer import KIND, as_preset, base_of_run
 
 CONFIG = "config.json"
-VARIANTS = ("positions", "activation", "embedding_norm")  # flags that are fields of the model's config
+SHAPE = {  # flags that are fields of the model's config, and their names there
+    "width": "d_model",
+    "layers": "n_layer",
+    "positions": "positions",
+    "activation": "activation",
+    "embedding_norm": "embedding_norm",
+}
 RUNS = Path("runs")
 DEVICES = ("cpu", "cuda")
 
@@ -59,6 +66,10 @@ class TrainConfig:
     data: Text = None
     """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
     llm.c (default: moby-dick)."""
+    width: Int = None
+    """Of the model, with more or fewer of the preset's heads and d_ff in proportion (default: the preset's)."""
+    layers: Int = None
+    """Of the model (default: the preset's)."""
     positions: Annotated[Literal["learned", "none", "rotary", "alibi"] | None, _flag("{learned,none,rotary,alibi}")] = (
         None
     )
@@ -70,6 +81,9 @@ class TrainConfig:
     parametrization: Annotated[Literal["sp", "mup", "completep"] | None, _flag("{sp,mup,completep}")] = None
     """Rules that init, factors and learning rates follow. Others than the preset's start from the published base, 256
     wide, and --lr from its 6e-3 (default: the preset's: mup where it is called -mup, else sp)."""
+    transfer_from: Annotated[Path | None, _flag("RUN")] = None
+    """Start from the init, factors and learning rate that were tuned in this run, by the rules of --parametrization
+    (then mup by default). Without --model all else that is not asked for is the run's too: --width makes it wider."""
     steps: Int = None
     """Optimizer steps of the whole run (default: as many as see the preset's tokens)."""
     batch_size: Int = None
@@ -159,6 +173,7 @@ class Recipe:
     disk: str | None = None
     moments: str = "fp32"
     parametrization: str = "sp"
+    transfer_from: str | None = None
 
     @property
     def format(self) -> Format:
@@ -189,19 +204,16 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
 
     vocab_size: of the data's own vocabulary (default: the preset's).
     """
-    name = config.model or "tiny"
-    if name not in PRESETS:
-        raise InputError(f"--model: wanted one of {', '.join(PRESETS)}, got {name}")
-    preset = PRESETS[name]
+    preset, config = _preset(config)
     _check(config)
     seq_len = config.seq_len or preset.config.seq_len
-    shape, lr = _shape(config, preset)
+    shape, kind, lr = _shape(config, preset)
     schedule = _schedule(config) or preset.batch_schedule
     steps = config.steps or steps_for(preset.tokens, schedule, seq_len)
     total = tokens_after(steps, schedule, seq_len)
     warmup = min(preset.warmup_tokens, total // WARMUP_PART)
     recipe = Recipe(
-        model=name,
+        model=preset.name,
         data=config.data or "moby-dick",
         shape=replace(shape, seq_len=max(seq_len, shape.seq_len)),
         steps=steps,
@@ -219,7 +231,8 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
         clip=_given(config.clip, preset.grad_clip),
         precision=config.precision or "bf16",
         moments=config.moments or "fp32",
-        parametrization=config.parametrization or preset.parametrization,
+        parametrization=kind,
+        transfer_from=config.transfer_from and str(config.transfer_from),
         device=config.device or "cpu",
         seed=_given(config.seed, 0),
         eval_every=config.eval_every or max(1, steps // 10),
@@ -235,6 +248,16 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
     return recipe
 
 
+def _preset(config: TrainConfig) -> tuple[Preset, TrainConfig]:
+    """The preset that is asked for, and `config` with the flags that come with it where none was given."""
+    if config.model is None and config.transfer_from is not None:
+        return as_preset(_tuned(config.transfer_from), config)
+    name = config.model or "tiny"
+    if name not in PRESETS:
+        raise InputError(f"--model: wanted one of {', '.join(PRESETS)}, got {name}")
+    return PRESETS[name], config
+
+
 def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     """The saved recipe with what was asked to change. Raises InputError for what may not."""
     _check(config)
@@ -247,7 +270,8 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
         if field.name in ("batch_size", "batch_schedule"):
             before, value = saved.batch_schedule, _schedule(config)
         else:
-            before = getattr(saved.shape if field.name in VARIANTS else saved, field.name)
+            before = getattr(saved.shape, SHAPE[field.name]) if field.name in SHAPE else getattr(saved, field.name)
+            value = str(value) if field.name == "transfer_from" else value
         if value == before:
             continue
         if field.name not in CHANGEABLE:
@@ -257,12 +281,26 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     return replace(saved, **changed)
 
 
-def _shape(config: TrainConfig, preset: Preset) -> tuple[GPTConfig, float]:
-    """The model, and the peak learning rate that its numbers were tuned with."""
-    shape = variant(preset.config, config.positions, config.activation, config.embedding_norm or None)
-    if config.parametrization in (None, preset.parametrization):
-        return shape, preset.lr
-    return parametrize(shape, config.parametrization, CEREBRAS), CEREBRAS.lr
+def _shape(config: TrainConfig, preset: Preset) -> tuple[GPTConfig, str, float]:
+    """The model, the parametrization of its numbers, and the peak learning rate that they were tuned with."""
+    d_head = preset.config.d_head
+    _bound("width", config.width, lambda width: width % d_head == 0, f"a multiple of the heads' {d_head}")
+    same = resized(preset.config, config.width, config.layers)
+    shape = variant(same, config.positions, config.activation, config.embedding_norm or None)
+    if config.transfer_from is not None:
+        kind, base = config.parametrization or KIND, base_of_run(_tuned(config.transfer_from))
+        return parametrize(shape, kind, base), kind, base.lr
+    kind = config.parametrization or preset.parametrization
+    if kind == preset.parametrization and (kind == "sp" or same == preset.config):
+        return shape, kind, preset.lr
+    return parametrize(shape, kind, CEREBRAS), kind, preset.lr if kind == preset.parametrization else CEREBRAS.lr
+
+
+def _tuned(folder: Path) -> Recipe:
+    try:
+        return read_config(folder)[0]
+    except InputError as error:
+        raise InputError(f"--transfer-from: {error}") from error
 
 
 def _where(config: TrainConfig) -> dict[str, Any]:
@@ -300,7 +338,8 @@ def resumed_folder(config: TrainConfig) -> Path:
         if not (config.out / CONFIG).is_file():
             raise InputError(f"{config.out}: wanted a run to resume ({CONFIG}), got none")
         return config.out
-    name = _run_name(config.model or "tiny", config.data or "moby-dick")
+    preset, config = _preset(config)
+    name = _run_name(preset.name, config.data or "moby-dick")
     taken = _numbers(name)
     if not taken:
         raise InputError(f"{RUNS / name}: wanted a run to resume, got none")
@@ -327,7 +366,7 @@ def read_config(folder: Path) -> tuple[Recipe, dict]:
 
 def _check(config: TrainConfig) -> None:
     positive = (
-        "steps", "batch_size", "micro_batch_size", "seq_len", "lr",
+        "width", "layers", "steps", "batch_size", "micro_batch_size", "seq_len", "lr",
         "eval_every", "eval_tokens", "checkpoint_every", "keep",
     )  # fmt: skip
     for name in positive:

@@ -104,7 +104,7 @@ class CoordCheck:
     """Whether activations, and what training adds to them, keep their size as a model grows in width or in depth.
 
     Small models that follow one base, that of the smallest size, take a few steps on one batch of text. Under mup all
-    that is judged stays within 1.2 x over any width, under sp it does not; completep keeps it over depth too. A
+    that is judged stays within 1.2 x over 4 x the width, under sp it does not; completep keeps it over depth too. A
     measurement: the exit code is 0 whatever it finds.
     """
 
