@@ -25,12 +25,10 @@ import tyro
 
 from cgpt.errors import InputError
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
-from cgpt.recipe import Float, Int, Switch, Text, TrainConfig
+from cgpt.plan_flags import Plan
+from cgpt.recipe import Int, Switch, Text, TrainConfig
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-Link = Annotated[
-    Literal["gen5", "gen4", "copy"] | None, tyro.conf.arg(metavar="{gen5,gen4,copy}", help_behavior_hint="")
-]
 Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]
 
 
@@ -104,43 +102,6 @@ class Data:
     """Prepare token shards, or look into them."""
 
     command: Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[DataInfo, tyro.conf.subcommand("info")]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where a model's memory would live on a machine that need not be this one, and how fast it would train there.
-
-    Layer weights, gradients and optimizer state go to the device, the host and a disk, as far as each has room. What
-    cannot fit is refused with the nearest setting that can: a flag to change.
-    """
-
-    model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "13B"
-    """A preset, as `cgpt info` lists them."""
-    device: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "h100"
-    """h100, h200, a100-80gb, rtx-4090 or cpu."""
-    device_memory: Text = None
-    """Of it to use, such as 4GiB or 80GB (default: what the device has)."""
-    host_memory: Text = None
-    """Of the host to use (default: what this machine has left)."""
-    disk_space: Text = None
-    """For what the host has no room for, on an NVMe drive (default: none)."""
-    link: Link = None
-    """Between host and device: PCIe 5.0 or 4.0, or a copy in memory (default: the device's)."""
-    host_bandwidth: Text = None
-    """Of the host's memory for AdamW, a second, such as 150GB (default: a usual host's of the device)."""
-    sustained: Float = None
-    """Share of the device's peak that its products reach (default: measured by others on the device)."""
-    tokens_per_step: Int = None
-    """Tokens between two updates (default: the preset's largest batch). With all in one visit gradients are half as
-    large."""
-    tokens_per_visit: Int = None
-    """Tokens that a layer's weights serve each time they come; activations grow with it (default: the fastest)."""
-    precision: Annotated[Literal["bf16", "fp32", "fp16"], tyro.conf.arg(metavar="{bf16,fp32,fp16}")] = "bf16"
-    """Of weights and activations."""
-    moments: Annotated[Literal["fp32", "bf16"], tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
-    """Of AdamW's: 12 or 8 bytes of state a parameter."""
-    json: Switch = False
-    """Print JSON."""
 
 
 @dataclass(frozen=True)
@@ -277,26 +238,30 @@ def _experiment(command: Sweep | Ablate) -> int:
 
 
 def _plan(command: Plan) -> None:
+    if command.model is None and command.target is not None:
+        _propose(command)
+        return
     from cgpt.plan import problem, solve
     from cgpt.plan_report import show, to_dict
-    from cgpt.stream.format import Format
 
-    found = solve(
-        problem(
-            command.model,
-            command.device,
-            device_memory=command.device_memory,
-            host_memory=command.host_memory,
-            disk_space=command.disk_space,
-            link=command.link,
-            sustained=command.sustained,
-            host_bandwidth=command.host_bandwidth,
-            tokens_per_step=command.tokens_per_step,
-            tokens_per_visit=command.tokens_per_visit,
-            format=Format(command.precision, command.moments),
-        )
-    )
+    command.check_model()
+    found = solve(problem(command.model or "13B", command.device or "h100", **command.machine))
     print(json.dumps(to_dict(found), indent=1) if command.json else show(found))
+
+
+def _propose(command: Plan) -> None:
+    from cgpt import proposal_report
+    from cgpt.fit_report import check_picture
+    from cgpt.proposal import propose, write
+
+    if command.plot:
+        check_picture(command.plot)
+    found = propose(command)
+    print(json.dumps(proposal_report.to_dict(found), indent=1) if command.json else proposal_report.show(found))
+    if command.plot:
+        proposal_report.plot(found, command.plot)
+    if command.write:
+        write(found, command.write)
 
 
 def _fit(command: Fit) -> None:

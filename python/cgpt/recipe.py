@@ -23,6 +23,7 @@ from cgpt.model.presets import PRESETS, Preset
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
 from cgpt.stream.format import Format
 from cgpt.stream.limits import parse_bytes
+from cgpt.train_file import read_train_file
 from cgpt.transfer import KIND, as_preset, base_of_run
 
 CONFIG = "config.json"
@@ -63,6 +64,8 @@ class TrainConfig:
 
     model: Text = None
     """A preset, as `cgpt info` lists them (default: tiny)."""
+    config: Annotated[Path | None, _flag("FILE")] = None
+    """A preset of your own with flags that go with it, as `cgpt plan --write` leaves them (default: --model)."""
     data: Text = None
     """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
     llm.c (default: moby-dick)."""
@@ -250,6 +253,11 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
 
 def _preset(config: TrainConfig) -> tuple[Preset, TrainConfig]:
     """The preset that is asked for, and `config` with the flags that come with it where none was given."""
+    if config.config is not None:
+        if config.model is not None:
+            raise InputError("--config: wanted it or --model, got both")
+        preset, flags = read_train_file(config.config)
+        return preset, replace(config, **{name: _given(getattr(config, name), flags[name]) for name in flags})
     if config.model is None and config.transfer_from is not None:
         return as_preset(_tuned(config.transfer_from), config)
     name = config.model or "tiny"
@@ -264,7 +272,7 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or value is False or field.name in ("out", "resume", "timeline"):
+        if value is None or value is False or field.name in ("config", "out", "resume", "timeline"):
             continue
         value = _where(config).get(field.name, value)
         if field.name in ("batch_size", "batch_schedule"):
