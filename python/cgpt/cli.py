@@ -26,7 +26,7 @@ import tyro
 from cgpt.errors import InputError
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.plan_flags import Plan
-from cgpt.recipe import Int, Switch, Text, TrainConfig
+from cgpt.train_flags import Int, Switch, Text, TrainConfig
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]

@@ -15,7 +15,8 @@ from cgpt.model.presets import Preset
 from cgpt.schedule import steps_for
 
 if TYPE_CHECKING:
-    from cgpt.recipe import Recipe, TrainConfig
+    from cgpt.recipe import Recipe
+    from cgpt.train_flags import TrainConfig
 
 KIND = "mup"  # unless another is asked for
 CARRIED = ("data", "seq_len", "precision", "moments", "device", "seed", "eval_tokens")

@@ -12,7 +12,7 @@ import tyro
 
 from cgpt.errors import InputError
 from cgpt.model.parametrization import KINDS
-from cgpt.recipe import Int, Switch, Text, TrainConfig
+from cgpt.train_flags import Int, Switch, Text, TrainConfig
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Integers = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")]
