@@ -1,5 +1,6 @@
 """What was tuned in a run, taken to larger models: the same at its own shape, the table's numbers away from it."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 from cgpt import cli, train
 from cgpt.errors import InputError
 from cgpt.metrics import read
+from cgpt.model.config import resized
 from cgpt.model.parametrization import EXPONENTS
 from cgpt.model.presets import PRESETS
 from cgpt.recipe import Recipe, TrainConfig, resolve, resolve_resumed, resumed_folder, write_config
+from cgpt.train_file import to_dict
 from nano import NANO
 
 RUN = Path("tuned")
@@ -107,6 +110,14 @@ def test_a_preset_takes_the_runs_numbers_and_keeps_its_own_recipe(tuned):
     assert found.shape.softmax_scale == pytest.approx(8**-0.5 * 8 / 64)
     assert (found.batch_schedule, found.steps, found.seq_len) == (preset.batch_schedule, preset.steps, 2048)
     assert (found.weight_decay, found.data, found.model) == (preset.weight_decay, "moby-dick", "111M")
+
+
+def test_a_preset_of_ones_own_takes_them_too(tuned):
+    preset = replace(NANO, name="own", config=resized(NANO.config, width=64), steps=7, lr=0.5, weight_decay=0.3)
+    Path("own.json").write_text(json.dumps(to_dict(preset, {"precision": "fp32"})))
+    found = resolve(TrainConfig(config=Path("own.json"), transfer_from=RUN))
+    assert (found.lr, found.shape.hidden_lr_scale, found.shape.embedding_scale) == (tuned.lr, 1 / 4, 4.0)
+    assert (found.model, found.precision, found.steps, found.weight_decay) == ("own", "fp32", 7, 0.3)
 
 
 def test_rules_compose_from_run_to_run(tuned):
