@@ -1,6 +1,6 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   fit   sweep   ablate   eval   generate   data prepare   data info   info
+    train   plan   fit   coord-check   sweep   ablate   eval   generate   data prepare   data info   info
 
 Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
 (128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
@@ -24,9 +24,9 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
-from cgpt.experiments.flags import Ablate, Sweep
+from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.plan_flags import Plan
-from cgpt.recipe import Int, Switch, Text, TrainConfig
+from cgpt.train_flags import Int, Switch, Text, TrainConfig
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]
@@ -139,6 +139,7 @@ Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[CoordCheck, tyro.conf.subcommand("coord-check")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
@@ -211,7 +212,7 @@ def run(command) -> int:
         return _experiment(command)
     if isinstance(command, Data):
         command = command.command
-    steps = {Plan: _plan, Fit: _fit, Eval: _eval, Generate: _generate}
+    steps = {Plan: _plan, Fit: _fit, CoordCheck: _coord_check, Eval: _eval, Generate: _generate}
     steps |= {Prepare: _prepare, DataInfo: _data_info, Info: _info}
     steps[type(command)](command)
     return 0
@@ -275,6 +276,12 @@ def _fit(command: Fit) -> None:
     print(json.dumps(fit_report.to_dict(fitted), indent=1) if command.json else fit_report.show(fitted))
     if command.plot:
         fit_report.plot(fitted, command.plot)
+
+
+def _coord_check(command: CoordCheck) -> None:
+    from cgpt.experiments.commands import run_coord_check
+
+    run_coord_check(command)
 
 
 def _eval(command: Eval) -> None:

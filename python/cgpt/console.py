@@ -75,7 +75,8 @@ def report(recipe: Recipe, n_params: int, data: str, implementations: dict[str, 
         f"{human(recipe.tokens)} tokens, {recipe.tokens / n_params:.3g} per parameter",
         "flops": _flops(recipe),
         "recipe": f"AdamW, peak lr {recipe.lr:g}, {recipe.decay} decay to {recipe.lr * recipe.min_lr_ratio:g}, "
-        f"{human(recipe.warmup_tokens)} warm-up tokens, clip {recipe.clip:g}, seed {recipe.seed}",
+        f"{human(recipe.warmup_tokens)} warm-up tokens, clip {recipe.clip:g}, seed {recipe.seed}"
+        + (f"; tuned in {recipe.transfer_from}" if recipe.transfer_from else ""),
         "ops": f"{recipe.device}, {recipe.precision}; "
         + "; ".join(f"{name}: {', '.join(ops)}" for name, ops in kinds.items()),
         "memory": ", ".join(f"{name} {human(size, 'B')}" for name, size in estimate.items())

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from cgpt.errors import InputError
-from cgpt.recipe import Float, Int, Switch, Text
 from cgpt.stream.format import Format
+from cgpt.train_flags import Float, Int, Switch, Text
 
 TARGETS = ("flops", "budget", "params", "tokens", "loss")
 OF_TARGETS = ("inference_tokens", "count", "law", "utilisation", "vocab_size", "seq_len", "plot", "write")

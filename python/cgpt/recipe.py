@@ -1,4 +1,4 @@
-"""What a run is asked to do (flags), and what that comes to (the recipe): defaults, presets, a run to resume.
+"""What the flags of a run come to: defaults, presets, a run to resume.
 
 Precedence: a flag that was given, the run being resumed, the preset, the default named in the flag's help. Imports no
 torch, so that `cgpt --help` is quick.
@@ -11,22 +11,28 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any
 
 from cgpt.errors import InputError
 from cgpt.files import write_atomically
-from cgpt.model.config import ACTIVATIONS, POSITIONS, GPTConfig, variant
+from cgpt.model.config import ACTIVATIONS, POSITIONS, GPTConfig, resized, variant
 from cgpt.model.parametrization import CEREBRAS, KINDS, parametrize
 from cgpt.model.presets import PRESETS, Preset
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
 from cgpt.stream.format import Format
 from cgpt.stream.limits import parse_bytes
 from cgpt.train_file import read_train_file
+from cgpt.train_flags import TrainConfig
+from cgpt.transfer import KIND, as_preset, base_of_run
 
 CONFIG = "config.json"
-VARIANTS = ("positions", "activation", "embedding_norm")  # flags that are fields of the model's config
+SHAPE = {  # flags that are fields of the model's config, and their names there
+    "width": "d_model",
+    "layers": "n_layer",
+    "positions": "positions",
+    "activation": "activation",
+    "embedding_norm": "embedding_norm",
+}
 RUNS = Path("runs")
 DEVICES = ("cpu", "cuda")
 
@@ -38,95 +44,6 @@ CHANGEABLE = (
 
 WARMUP_PART = 5  # warm-up takes at most a fifth of a run that is shorter than its preset's
 MICRO_BATCH_TOKENS = 8192  # activations of one micro-batch of the 111M model: about 1.6 GB in bf16
-
-
-def _flag(metavar: str):
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
-
-
-Int = Annotated[int | None, _flag("INT")]
-Float = Annotated[float | None, _flag("FLOAT")]
-Text = Annotated[str | None, _flag("TEXT")]
-Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
-Folder = Annotated[Path | None, _flag("DIR")]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a GPT. With no flags at all: the tiny model on Moby-Dick, a few minutes on two CPU cores."""
-
-    model: Text = None
-    """A preset, as `cgpt info` lists them (default: tiny)."""
-    config: Annotated[Path | None, _flag("FILE")] = None
-    """A preset of your own with flags that go with it, as `cgpt plan --write` leaves them (default: --model)."""
-    data: Text = None
-    """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
-    llm.c (default: moby-dick)."""
-    positions: Annotated[Literal["learned", "none", "rotary", "alibi"] | None, _flag("{learned,none,rotary,alibi}")] = (
-        None
-    )
-    """How tokens know their place (default: the preset's, which is learned)."""
-    activation: Annotated[Literal["gelu", "gelu_tanh", "swiglu"] | None, _flag("{gelu,gelu_tanh,swiglu}")] = None
-    """Of the MLP; swiglu makes it 2/3 as wide, for about as many parameters (default: the preset's, which is gelu)."""
-    embedding_norm: Switch = False
-    """A LayerNorm behind the embedding."""
-    parametrization: Annotated[Literal["sp", "mup", "completep"] | None, _flag("{sp,mup,completep}")] = None
-    """Rules that init, factors and learning rates follow. Others than the preset's start from the published base, 256
-    wide, and --lr from its 6e-3 (default: the preset's: mup where it is called -mup, else sp)."""
-    steps: Int = None
-    """Optimizer steps of the whole run (default: as many as see the preset's tokens)."""
-    batch_size: Int = None
-    """Sequences a step (default: the preset's)."""
-    batch_schedule: Text = None
-    """Sequences a step as they grow, from counts of tokens seen: 0:720,84049920000:1080."""
-    micro_batch_size: Int = None
-    """Sequences that are on their way at once; more are accumulated (default: as many as make 8192 tokens)."""
-    seq_len: Int = None
-    """Tokens a sequence (default: the preset's). More than the preset has gives the model more positions."""
-    lr: Float = None
-    """Peak learning rate; under mup and completep the projections' is a fraction of it (default: the preset's)."""
-    warmup_tokens: Int = None
-    """Tokens of linear warm-up (default: the preset's, at most a fifth of the run)."""
-    decay: Annotated[Literal["linear", "cosine", "constant"] | None, _flag("{linear,cosine,constant}")] = None
-    """How the learning rate falls after warm-up (default: the preset's)."""
-    min_lr_ratio: Float = None
-    """Where it ends, as a share of the peak (default: 0.1)."""
-    weight_decay: Float = None
-    """On all but biases and LayerNorm (default: 0.1)."""
-    clip: Float = None
-    """Largest global gradient norm, 0 for none (default: 1)."""
-    precision: Annotated[Literal["bf16", "fp32", "fp16"] | None, _flag("{bf16,fp32,fp16}")] = None
-    """Of weights and activations; masters and losses are fp32 always (default: bf16)."""
-    moments: Annotated[Literal["fp32", "bf16"] | None, _flag("{fp32,bf16}")] = None
-    """Of AdamW's: 12 or 8 bytes of state a parameter. bf16 is rounded at random, so that small changes add up on
-    average (default: fp32)."""
-    device: Annotated[Literal["cpu", "cuda"] | None, _flag("{cpu,cuda}")] = None
-    """Where to train (default: cpu)."""
-    placement: Annotated[Literal["resident", "auto"] | None, _flag("{resident,auto}")] = None
-    """resident: all layers on the device. auto: as many as fit, the others stream from the host and the disk (default:
-    auto with any of the next three flags, else resident)."""
-    device_memory: Text = None
-    """Of the device, as 4GiB (default: all that is free). On a CPU, a stretch of memory that stands for a device's."""
-    host_memory: Text = None
-    """Of the host, on a CPU of the whole process (default: all that is free)."""
-    disk: Folder = None
-    """For optimizer state and weights that memory has no room for; what is written there is gone when the run ends."""
-    timeline: Switch = False
-    """Leave timeline.json (for chrome://tracing) and timeline.png of the last steps: what each lane did when."""
-    seed: Int = None
-    """Of initial weights, order of samples and rounding of bf16 moments (default: 0)."""
-    eval_every: Int = None
-    """Steps between held-out losses (default: a tenth of the run)."""
-    eval_tokens: Int = None
-    """Held-out tokens read each time, from the start of the split (default: 65536)."""
-    checkpoint_every: Int = None
-    """Steps between checkpoints (default: a tenth of the run, at most 1000); the end and Ctrl-C save too."""
-    keep: Int = None
-    """Checkpoints to keep (default: 2)."""
-    out: Folder = None
-    """Run folder (default: runs/MODEL-DATA, or the next free runs/MODEL-DATA-2, -3, ...)."""
-    resume: Switch = False
-    """Go on with the run in --out (default: the newest of runs/MODEL-DATA) from its newest whole checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +79,7 @@ class Recipe:
     disk: str | None = None
     moments: str = "fp32"
     parametrization: str = "sp"
+    transfer_from: str | None = None
 
     @property
     def format(self) -> Format:
@@ -195,7 +113,7 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
     preset, config = _preset(config)
     _check(config)
     seq_len = config.seq_len or preset.config.seq_len
-    shape, lr = _shape(config, preset)
+    shape, kind, lr = _shape(config, preset)
     schedule = _schedule(config) or preset.batch_schedule
     steps = config.steps or steps_for(preset.tokens, schedule, seq_len)
     total = tokens_after(steps, schedule, seq_len)
@@ -219,7 +137,8 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
         clip=_given(config.clip, preset.grad_clip),
         precision=config.precision or "bf16",
         moments=config.moments or "fp32",
-        parametrization=config.parametrization or preset.parametrization,
+        parametrization=kind,
+        transfer_from=config.transfer_from and str(config.transfer_from),
         device=config.device or "cpu",
         seed=_given(config.seed, 0),
         eval_every=config.eval_every or max(1, steps // 10),
@@ -236,16 +155,18 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
 
 
 def _preset(config: TrainConfig) -> tuple[Preset, TrainConfig]:
-    """The preset that is asked for, and `config` with its file's flags where none was given."""
-    if config.config is None:
-        name = config.model or "tiny"
-        if name not in PRESETS:
-            raise InputError(f"--model: wanted one of {', '.join(PRESETS)}, got {name}")
-        return PRESETS[name], config
-    if config.model is not None:
-        raise InputError("--config: wanted it or --model, got both")
-    preset, flags = read_train_file(config.config)
-    return preset, replace(config, **{name: _given(getattr(config, name), flags[name]) for name in flags})
+    """The preset that is asked for, and `config` with the flags that come with it where none was given."""
+    if config.config is not None:
+        if config.model is not None:
+            raise InputError("--config: wanted it or --model, got both")
+        preset, flags = read_train_file(config.config)
+        return preset, replace(config, **{name: _given(getattr(config, name), flags[name]) for name in flags})
+    if config.model is None and config.transfer_from is not None:
+        return as_preset(_tuned(config.transfer_from), config)
+    name = config.model or "tiny"
+    if name not in PRESETS:
+        raise InputError(f"--model: wanted one of {', '.join(PRESETS)}, got {name}")
+    return PRESETS[name], config
 
 
 def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
@@ -260,7 +181,8 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
         if field.name in ("batch_size", "batch_schedule"):
             before, value = saved.batch_schedule, _schedule(config)
         else:
-            before = getattr(saved.shape if field.name in VARIANTS else saved, field.name)
+            before = getattr(saved.shape, SHAPE[field.name]) if field.name in SHAPE else getattr(saved, field.name)
+            value = str(value) if field.name == "transfer_from" else value
         if value == before:
             continue
         if field.name not in CHANGEABLE:
@@ -270,12 +192,26 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     return replace(saved, **changed)
 
 
-def _shape(config: TrainConfig, preset: Preset) -> tuple[GPTConfig, float]:
-    """The model, and the peak learning rate that its numbers were tuned with."""
-    shape = variant(preset.config, config.positions, config.activation, config.embedding_norm or None)
-    if config.parametrization in (None, preset.parametrization):
-        return shape, preset.lr
-    return parametrize(shape, config.parametrization, CEREBRAS), CEREBRAS.lr
+def _shape(config: TrainConfig, preset: Preset) -> tuple[GPTConfig, str, float]:
+    """The model, the parametrization of its numbers, and the peak learning rate that they were tuned with."""
+    d_head = preset.config.d_head
+    _bound("width", config.width, lambda width: width % d_head == 0, f"a multiple of the heads' {d_head}")
+    same = resized(preset.config, config.width, config.layers)
+    shape = variant(same, config.positions, config.activation, config.embedding_norm or None)
+    if config.transfer_from is not None:
+        kind, base = config.parametrization or KIND, base_of_run(_tuned(config.transfer_from))
+        return parametrize(shape, kind, base), kind, base.lr
+    kind = config.parametrization or preset.parametrization
+    if kind == preset.parametrization and (kind == "sp" or same == preset.config):
+        return shape, kind, preset.lr
+    return parametrize(shape, kind, CEREBRAS), kind, preset.lr if kind == preset.parametrization else CEREBRAS.lr
+
+
+def _tuned(folder: Path) -> Recipe:
+    try:
+        return read_config(folder)[0]
+    except InputError as error:
+        raise InputError(f"--transfer-from: {error}") from error
 
 
 def _where(config: TrainConfig) -> dict[str, Any]:
@@ -341,7 +277,7 @@ def read_config(folder: Path) -> tuple[Recipe, dict]:
 
 def _check(config: TrainConfig) -> None:
     positive = (
-        "steps", "batch_size", "micro_batch_size", "seq_len", "lr",
+        "width", "layers", "steps", "batch_size", "micro_batch_size", "seq_len", "lr",
         "eval_every", "eval_tokens", "checkpoint_every", "keep",
     )  # fmt: skip
     for name in positive:

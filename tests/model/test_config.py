@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cgpt.errors import InputError
-from cgpt.model.config import GPTConfig, variant
+from cgpt.model.config import GPTConfig, resized, variant
 
 SHAPE = {
     "n_layer": 3,
@@ -141,3 +141,18 @@ def test_from_dict_names_what_is_missing_or_unknown():
         GPTConfig.from_dict(lacking)
     with pytest.raises(InputError, match="has unknown n_embd"):
         GPTConfig.from_dict(SHAPE | {"n_embd": 64})
+
+
+def test_resized_keeps_heads_of_a_kind_and_the_mlps_proportion():
+    config = GPTConfig(**SHAPE)
+    wide = resized(config, width=4 * config.d_model, n_layer=7)
+    assert wide == replace(
+        config, d_model=4 * config.d_model, n_head=4 * config.n_head, d_ff=4 * config.d_ff, n_layer=7
+    )
+    assert resized(config) == config
+    odd = replace(config, d_ff=20)  # no multiple of 8: kept at its own width
+    assert resized(odd, width=odd.d_model) == odd
+    assert resized(odd, width=3 * odd.d_model).d_ff == 64
+    for width in (0, config.d_head + 1):
+        with pytest.raises(InputError, match=f"width: wanted a multiple of the heads' {config.d_head}, got {width}"):
+            resized(config, width=width)

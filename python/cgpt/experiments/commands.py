@@ -1,4 +1,4 @@
-"""`cgpt sweep` and `cgpt ablate`: cells, their runs, and what they show."""
+"""`cgpt coord-check`, `cgpt sweep` and `cgpt ablate`: what they run, and what they show."""
 
 from __future__ import annotations
 
@@ -6,12 +6,36 @@ import json
 import sys
 from functools import partial
 
-from cgpt.experiments import ablate, report, sweep
-from cgpt.experiments.flags import Ablate, Sweep
+from cgpt.console import interactive
+from cgpt.data.prepare import open_corpus
+from cgpt.experiments import ablate, coordinates_report, report, sweep
+from cgpt.experiments.coordinates import base_at, check, deeper, one_batch, wider
+from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.experiments.matrix import Cell, Outcome, run_matrix
 from cgpt.experiments.sweep import Grid
 from cgpt.files import write_atomically
+from cgpt.fit_report import check_picture
 from cgpt.train import job_of
+
+
+def run_coord_check(command: CoordCheck) -> None:
+    """Raises InputError for what cannot be compared, Diverged among it."""
+    command.check()
+    if command.plot:
+        check_picture(command.plot)
+    batch, vocab_size = one_batch(open_corpus(command.data, progress=interactive()))
+    widths, depths = command.grid
+    tuned = command.lr, command.init_std, command.embedding_scale
+    base = base_at(widths[0], depths[0], command.heads, vocab_size, *tuned)
+    shapes = [wider(base, width) for width in widths] if len(widths) > 1 else [deeper(base, depth) for depth in depths]
+    steps, seeds, precision = command.steps, command.seeds, command.precision
+    found = check(base, shapes, command.kinds, batch, steps=steps, seeds=seeds, precision=precision)
+    data = json.dumps(coordinates_report.to_dict(found), indent=1)
+    if command.out:
+        write_atomically(command.out, data.encode() + b"\n")
+    if command.plot:
+        coordinates_report.plot(found, command.plot)
+    print(data if command.json else coordinates_report.show(found))
 
 
 def run_sweep(command: Sweep) -> None:

@@ -1,18 +1,24 @@
-"""What `cgpt sweep` and `cgpt ablate` are asked."""
+"""What `cgpt coord-check`, `cgpt sweep` and `cgpt ablate` are asked."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from cgpt.recipe import Int, Switch, Text, TrainConfig
+from cgpt.errors import InputError
+from cgpt.model.parametrization import KINDS
+from cgpt.train_flags import Int, Switch, Text, TrainConfig
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Integers = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")]
 Floats = Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")]
+Sizes = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT...", help_behavior_hint="")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Words = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT...")]
 
 
@@ -91,3 +97,84 @@ class Ablate(Runs):
     """A LayerNorm behind the embedding."""
     seeds: Integers = (0, 1)
     """Each combination is trained from every one of them: their spread says which differences mean something."""
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """Whether activations, and what training adds to them, keep their size as a model grows in width or in depth.
+
+    Small models that follow one base, that of the smallest size, take a few steps on one batch of text. Under mup all
+    that is judged stays within 1.2 x over 4 x the width, under sp it does not; completep keeps it over depth too. A
+    measurement: the exit code is 0 whatever it finds.
+    """
+
+    widths: Sizes = None
+    """Widths to compare, the least of them the base's (default: 64 128 256); with --depths the one that all have."""
+    depths: Sizes = None
+    """Layers to compare, in place of widths: 4 8 16 shows what completep is for."""
+    steps: int = 3
+    """Optimizer steps."""
+    seeds: int = 3
+    """Models a size, averaged."""
+    layers: Int = None
+    """Of every model where widths are compared (default: 2)."""
+    heads: int = 2
+    """Of every model; they grow with the width."""
+    parametrization: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TEXT...", help_behavior_hint="")] = None
+    """sp, mup, completep: one or several (default: mup sp, and over depths completep mup)."""
+    lr: float = 6e-3
+    """Of the base."""
+    init_std: float = 0.08
+    """Of the base."""
+    embedding_scale: float = 10.0
+    """Of the base."""
+    data: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "moby-dick"
+    """As for train. Tokens are numbered by those that occur in the batch, so that the vocabulary is small."""
+    precision: Annotated[Literal["fp32", "bf16"], tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
+    """Of weights and activations."""
+    json: Switch = False
+    """Print JSON: every row, and the verdict."""
+    plot: File = None
+    """Draw every quantity over the sizes, a line a step (.png, .svg, .pdf)."""
+    out: File = None
+    """Write the JSON into this file."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The parametrizations to look at."""
+        return self.parametrization or (("completep", "mup") if self.depths else ("mup", "sp"))
+
+    @property
+    def grid(self) -> tuple[list[int], list[int]]:
+        """(widths, depths), ascending; one of the two has a single value."""
+        widths = self.widths or ((64,) if self.depths else (64, 128, 256))
+        return sorted(widths), sorted(self.depths or (self.layers or 2,))
+
+    def check(self) -> None:
+        """Raises InputError, naming the flag, for what cannot be compared."""
+        compared = "widths" if self.depths is None else "depths"
+        values = getattr(self, compared)
+        if values is not None and (len(values) < 2 or len(set(values)) < len(values)):
+            raise InputError(f"--{compared}: wanted two or more, each once, got {_told(values)}")
+        if self.depths is not None and self.widths is not None and len(self.widths) != 1:
+            raise InputError(f"--widths: wanted one with --depths, got {_told(self.widths)}")
+        if self.depths is not None and self.layers is not None:
+            raise InputError("--layers: wanted it or --depths, got both")
+        for name in ("steps", "seeds", "heads", "layers", "lr", "init_std", "embedding_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')}: wanted a number above 0, got {value}")
+        widths, depths = self.grid
+        for width in widths:
+            if width < 1 or width % self.heads:
+                raise InputError(f"--widths: wanted multiples of the {self.heads} heads, got {width}")
+        if depths[0] < 1:
+            raise InputError(f"--depths: wanted numbers above 0, got {depths[0]}")
+        if len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(KINDS):
+            raise InputError(
+                f"--parametrization: wanted some of {', '.join(KINDS)}, each once, got {_told(self.kinds)}"
+            )
+
+
+def _told(values: Sequence) -> str:
+    return " ".join(map(str, values)) or "none"

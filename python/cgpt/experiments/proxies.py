@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cgpt.errors import InputError
-from cgpt.model.config import GPTConfig
+from cgpt.model.config import GPTConfig, resized
 from cgpt.model.parametrization import CEREBRAS, KINDS, Base, parametrize
 
 
@@ -33,8 +33,7 @@ def widened(shape: GPTConfig, width: int) -> GPTConfig:
     """`shape` at another width, with more or fewer heads of the same kind. Raises InputError where none fits."""
     if width < 1 or width % shape.d_head:
         raise InputError(f"--widths: wanted multiples of the heads' {shape.d_head}, got {width}")
-    ratio = shape.d_ff / shape.d_model
-    return replace(shape, d_model=width, n_head=width // shape.d_head, d_ff=max(8, round(ratio * width / 8) * 8))
+    return resized(shape, width)
 
 
 def wide(base: Base, kind: str, widths: Sequence[int]) -> list[GPTConfig]:

@@ -187,6 +187,20 @@ def variant(
     return replace(new, d_ff=max(8, round(config.d_ff * (2 / 3) ** gates / 8) * 8)) if gates else new
 
 
+def resized(config: GPTConfig, width: int | None = None, n_layer: int | None = None) -> GPTConfig:
+    """`config` at another width, with more or fewer of its heads and d_ff in proportion, or at another depth; None
+    keeps what it has. The numbers stay as they are: cgpt.model.parametrization says what they should be.
+
+    Raises InputError for a width that no number of heads fits.
+    """
+    width = config.d_model if width is None else width
+    if width < 1 or width % config.d_head:
+        raise InputError(f"width: wanted a multiple of the heads' {config.d_head}, got {width}")
+    d_ff = config.d_ff if width == config.d_model else max(8, round(config.d_ff / config.d_model * width / 8) * 8)
+    heads, n_layer = width // config.d_head, config.n_layer if n_layer is None else n_layer
+    return replace(config, n_layer=n_layer, n_head=heads, d_model=width, d_ff=d_ff)
+
+
 def _kind(name: str) -> str:
     """ "table", "projection" or "vector": the kinds of parameters that learn at rates of their own."""
     if name in ("wte.weight", "wpe.weight"):

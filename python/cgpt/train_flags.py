@@ -1,0 +1,105 @@
+"""What `cgpt train` is asked: flags alone, so that `cgpt --help` is quick. Field types that other commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def _flag(metavar: str):
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+Int = Annotated[int | None, _flag("INT")]
+Float = Annotated[float | None, _flag("FLOAT")]
+Text = Annotated[str | None, _flag("TEXT")]
+Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Folder = Annotated[Path | None, _flag("DIR")]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a GPT. With no flags at all: the tiny model on Moby-Dick, a few minutes on two CPU cores."""
+
+    model: Text = None
+    """A preset, as `cgpt info` lists them (default: tiny)."""
+    config: Annotated[Path | None, _flag("FILE")] = None
+    """A preset of your own with flags that go with it, as `cgpt plan --write` leaves them (default: --model)."""
+    data: Text = None
+    """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
+    llm.c (default: moby-dick)."""
+    width: Int = None
+    """Of the model, with more or fewer of the preset's heads and d_ff in proportion (default: the preset's)."""
+    layers: Int = None
+    """Of the model (default: the preset's)."""
+    positions: Annotated[Literal["learned", "none", "rotary", "alibi"] | None, _flag("{learned,none,rotary,alibi}")] = (
+        None
+    )
+    """How tokens know their place (default: the preset's, which is learned)."""
+    activation: Annotated[Literal["gelu", "gelu_tanh", "swiglu"] | None, _flag("{gelu,gelu_tanh,swiglu}")] = None
+    """Of the MLP; swiglu makes it 2/3 as wide, for about as many parameters (default: the preset's, which is gelu)."""
+    embedding_norm: Switch = False
+    """A LayerNorm behind the embedding."""
+    parametrization: Annotated[Literal["sp", "mup", "completep"] | None, _flag("{sp,mup,completep}")] = None
+    """Rules that init, factors and learning rates follow. Others than the preset's start from the published base, 256
+    wide, and --lr from its 6e-3 (default: the preset's: mup where it is called -mup, else sp)."""
+    transfer_from: Annotated[Path | None, _flag("RUN")] = None
+    """Start from the init, factors and learning rate that were tuned in this run, by the rules of --parametrization
+    (then mup by default). Without --model all else that is not asked for is the run's too: --width makes it wider."""
+    steps: Int = None
+    """Optimizer steps of the whole run (default: as many as see the preset's tokens)."""
+    batch_size: Int = None
+    """Sequences a step (default: the preset's)."""
+    batch_schedule: Text = None
+    """Sequences a step as they grow, from counts of tokens seen: 0:720,84049920000:1080."""
+    micro_batch_size: Int = None
+    """Sequences that are on their way at once; more are accumulated (default: as many as make 8192 tokens)."""
+    seq_len: Int = None
+    """Tokens a sequence (default: the preset's). More than the preset has gives the model more positions."""
+    lr: Float = None
+    """Peak learning rate; under mup and completep the projections' is a fraction of it (default: the preset's)."""
+    warmup_tokens: Int = None
+    """Tokens of linear warm-up (default: the preset's, at most a fifth of the run)."""
+    decay: Annotated[Literal["linear", "cosine", "constant"] | None, _flag("{linear,cosine,constant}")] = None
+    """How the learning rate falls after warm-up (default: the preset's)."""
+    min_lr_ratio: Float = None
+    """Where it ends, as a share of the peak (default: 0.1)."""
+    weight_decay: Float = None
+    """On all but biases and LayerNorm (default: 0.1)."""
+    clip: Float = None
+    """Largest global gradient norm, 0 for none (default: 1)."""
+    precision: Annotated[Literal["bf16", "fp32", "fp16"] | None, _flag("{bf16,fp32,fp16}")] = None
+    """Of weights and activations; masters and losses are fp32 always (default: bf16)."""
+    moments: Annotated[Literal["fp32", "bf16"] | None, _flag("{fp32,bf16}")] = None
+    """Of AdamW's: 12 or 8 bytes of state a parameter. bf16 is rounded at random, so that small changes add up on
+    average (default: fp32)."""
+    device: Annotated[Literal["cpu", "cuda"] | None, _flag("{cpu,cuda}")] = None
+    """Where to train (default: cpu)."""
+    placement: Annotated[Literal["resident", "auto"] | None, _flag("{resident,auto}")] = None
+    """resident: all layers on the device. auto: as many as fit, the others stream from the host and the disk (default:
+    auto with any of the next three flags, else resident)."""
+    device_memory: Text = None
+    """Of the device, as 4GiB (default: all that is free). On a CPU, a stretch of memory that stands for a device's."""
+    host_memory: Text = None
+    """Of the host, on a CPU of the whole process (default: all that is free)."""
+    disk: Folder = None
+    """For optimizer state and weights that memory has no room for; what is written there is gone when the run ends."""
+    timeline: Switch = False
+    """Leave timeline.json (for chrome://tracing) and timeline.png of the last steps: what each lane did when."""
+    seed: Int = None
+    """Of initial weights, order of samples and rounding of bf16 moments (default: 0)."""
+    eval_every: Int = None
+    """Steps between held-out losses (default: a tenth of the run)."""
+    eval_tokens: Int = None
+    """Held-out tokens read each time, from the start of the split (default: 65536)."""
+    checkpoint_every: Int = None
+    """Steps between checkpoints (default: a tenth of the run, at most 1000); the end and Ctrl-C save too."""
+    keep: Int = None
+    """Checkpoints to keep (default: 2)."""
+    out: Folder = None
+    """Run folder (default: runs/MODEL-DATA, or the next free runs/MODEL-DATA-2, -3, ...)."""
+    resume: Switch = False
+    """Go on with the run in --out (default: the newest of runs/MODEL-DATA) from its newest whole checkpoint."""
