@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
-from cgpt.recipe import Float, Int, Switch, Text, TrainConfig
+from cgpt.recipe import Float, Folder, Int, Switch, Text, TrainConfig
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Link = Annotated[
@@ -35,29 +35,44 @@ Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]
 
 
 @dataclass(frozen=True)
-class Eval:
-    """Loss of a trained run on held-out text, in nats per token and bits per byte."""
+class Read:
+    """Which trained run is read, and where its layers live meanwhile: on the device if all of them fit."""
 
     run: Run
     """A run folder, as `cgpt train` leaves it."""
+    device: Device = "cpu"
+    """Where to compute."""
+    device_memory: Text = None
+    """Of the device, as 4GiB (default: all that is free); the other layers stream from the host. On a CPU, a stretch of
+    memory that stands for a device's."""
+    host_memory: Text = None
+    """Of the host, on a CPU of the whole process (default: all that is free)."""
+    disk: Folder = None
+    """For layers that the host has no room for either; what is written there is gone at the end."""
+
+
+@dataclass(frozen=True)
+class Eval(Read):
+    """Loss of a trained run on held-out text, in nats per token and bits per byte."""
+
     data: Text = None
     """As for train. The run's own data gives its held-out split, any other is read whole (default: the run's own)."""
     tokens: Int = None
     """Read at most this many (default: all)."""
     batch_size: int = 8
     """Sequences at once."""
-    device: Device = "cpu"
-    """Where to compute."""
     json: Switch = False
     """Print JSON."""
 
 
 @dataclass(frozen=True)
-class Generate:
-    """Text from a trained run, printed as it comes."""
+class Generate(Read):
+    """Text from a trained run, printed as it comes.
 
-    run: Run
-    """A run folder, as `cgpt train` leaves it."""
+    Every token is one walk over all layers and the whole context. Layers that do not fit on the device cross to it once
+    a token.
+    """
+
     prompt: str = "\n"
     """The text to go on from."""
     max_tokens: int = 128
@@ -70,8 +85,6 @@ class Generate:
     """Draw among the fewest that hold this much probability."""
     seed: int = 0
     """Of the draws."""
-    device: Device = "cpu"
-    """Where to compute."""
 
 
 @dataclass(frozen=True)
@@ -297,8 +310,10 @@ def _eval(command: Eval) -> None:
     from cgpt.console import interactive
     from cgpt.evaluate.loss import evaluate_run
 
-    bar = interactive()
-    found = evaluate_run(command.run, command.data, command.tokens, command.batch_size, command.device, progress=bar)
+    bar, room = interactive(), _room(command)
+    found = evaluate_run(
+        command.run, command.data, command.tokens, command.batch_size, room, progress=bar, say=_say_placed
+    )
     if command.json:
         print(json.dumps(found))
         return
@@ -312,17 +327,33 @@ def _generate(command: Generate) -> None:
     from cgpt.checkpoint import open_trained
     from cgpt.data.tokenizer import EOT, gpt2
     from cgpt.evaluate.generate import generate
+    from cgpt.stream.executor import Executor
 
-    _, _, model, _ = open_trained(command.run, command.device)
+    _, _, model, store = open_trained(command.run, _room(command), say=_say_placed)
+    walk = Executor(store) if store.placement.streams else None
     ids = gpt2().encode_ordinary(command.prompt) or [EOT]
     found = generate(
-        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot=EOT
+        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, EOT, walk
     )
     print(command.prompt, end="", flush=True)
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
     for token in found:
         print(text.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
     print(text.decode(b"", final=True))
+
+
+def _room(command: Read):
+    from cgpt.placing import Room
+    from cgpt.stream.limits import parse_bytes
+
+    device = command.device_memory and parse_bytes(command.device_memory, "--device-memory")
+    host = command.host_memory and parse_bytes(command.host_memory, "--host-memory")
+    return Room(command.device, device, host, command.disk and str(command.disk))
+
+
+def _say_placed(where: str) -> None:
+    """On stderr: stdout is for the result."""
+    print(f"placed   {where}", file=sys.stderr, flush=True)
 
 
 def _prepare(command: Prepare) -> None:
