@@ -122,15 +122,18 @@ def place_reading(recipe: Recipe, room: Room, sequences: int, batches: int = 1) 
 
 
 def _refusal(error: DoesNotFit, room: Room, whole: Account, budgets: Budgets) -> InputError:
-    """What to tell who reads. A CPU's device and host are one memory, unless somebody has parted them."""
-    least = error
-    if room.device == "cpu" and room.device_memory is None:
-        total, alone = budgets.device + budgets.host, whole.needs.device + whole.host
-        streaming = error.wanted + budgets.device
-        parts = {"slots": budgets.device, **error.parts} if streaming < alone else whole.device_parts | whole.host_parts
-        least = DoesNotFit("host", min(streaming, alone), total, parts)
+    """What to tell who reads, in the numbers of the flags: --host-memory is all that a CPU's process takes."""
+    if error.limit == "host":
+        stretch = budgets.device if room.device == "cpu" else 0
+        wanted, parts, given = error.wanted + stretch, {"device": stretch, **error.parts}, budgets.host + stretch
+        alone = whole.needs.device + whole.host
+        if stretch and room.device_memory is None and alone <= wanted:  # no disk, or none that saves anything
+            wanted, parts = alone, whole.device_parts | whole.host_parts
+        own = 0 if room.host_memory is None else room.host_memory - given
+        parts = {name: size for name, size in {**parts, "the process": own}.items() if size}
+        error = DoesNotFit("host", wanted + own, given + own, parts, error.disk)
     instead = f"; or --disk with {bytes_text(error.disk, up=True)} free" if error.disk else ""
-    return InputError(f"{least}{instead}")
+    return InputError(f"{error}{instead}")
 
 
 def _account(plans: list[LayerPlan], placement: Placement, recipe: Recipe, beside: str) -> Account:
