@@ -108,6 +108,8 @@ def place_reading(recipe: Recipe, room: Room, sequences: int, batches: int = 1) 
         return Placed(placement, account(plans, placement, format, tokens, width, setting.beside), budgets)
 
     whole = account(plans, Placement.resident(len(plans)), format, tokens, width, setting.beside)
+    if room.device == "cpu" and room.device_memory is not None:  # a stretch no longer than what could lie in it
+        room = replace(room, device_memory=min(room.device_memory, whole.needs.device))
     budgets = _budgets(room, whole, SLOTS * format.working * max(plan.reads.size for plan in plans), "layers")
     try:
         found = placed(place(plans, budgets, setting))

@@ -145,6 +145,7 @@ def test_the_numbers_of_a_refusal_are_enough(folder):
     least = refused(device_memory=MB).wanted
     assert place_reading(recipe, Room(device_memory=least), 1).streams
     assert refused(device_memory=least - 1).limit == "device"
+    assert not place_reading(recipe, Room(device_memory=1 << 50), 1).streams  # of a CPU, nothing is taken in vain
     whole = place_reading(recipe, Room(), 1)
     total = whole.account.needs.device + whole.account.host
     assert not place_reading(recipe, Room(host_memory=total), 1).streams
