@@ -36,7 +36,9 @@ def folder(tmp_path_factory):
         patch.setattr(placing, "own_memory", lambda: 0)  # grows while tests run
         write_corpus(here)
         torch.set_num_threads(1)
-        train.train(TrainConfig("wide", "corpus.txt", steps=3, batch_size=2, eval_tokens=32, out=here / "run"))
+        train.train(
+            TrainConfig(model="wide", data="corpus.txt", steps=3, batch_size=2, eval_tokens=32, out=here / "run")
+        )
         yield here
     torch.set_num_threads(threads)
 
