@@ -25,66 +25,12 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
-from cgpt.recipe import Float, Folder, Int, Switch, Text, TrainConfig
+from cgpt.read_flags import Eval, Generate
+from cgpt.recipe import Float, Int, Switch, Text, TrainConfig
 
-Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Link = Annotated[
     Literal["gen5", "gen4", "copy"] | None, tyro.conf.arg(metavar="{gen5,gen4,copy}", help_behavior_hint="")
 ]
-Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]
-
-
-@dataclass(frozen=True)
-class Read:
-    """Which trained run is read, and where its layers live meanwhile: on the device if all of them fit."""
-
-    run: Run
-    """A run folder, as `cgpt train` leaves it."""
-    device: Device = "cpu"
-    """Where to compute."""
-    device_memory: Text = None
-    """Of the device, as 4GiB (default: all that is free); the other layers stream from the host. On a CPU, a stretch of
-    memory that stands for a device's."""
-    host_memory: Text = None
-    """Of the host, on a CPU of the whole process (default: all that is free)."""
-    disk: Folder = None
-    """For layers that the host has no room for either; what is written there is gone at the end."""
-
-
-@dataclass(frozen=True)
-class Eval(Read):
-    """Loss of a trained run on held-out text, in nats per token and bits per byte."""
-
-    data: Text = None
-    """As for train. The run's own data gives its held-out split, any other is read whole (default: the run's own)."""
-    tokens: Int = None
-    """Read at most this many (default: all)."""
-    batch_size: int = 8
-    """Sequences at once."""
-    json: Switch = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True)
-class Generate(Read):
-    """Text from a trained run, printed as it comes.
-
-    Every token is one walk over all layers and the whole context. Layers that do not fit on the device cross to it once
-    a token.
-    """
-
-    prompt: str = "\n"
-    """The text to go on from."""
-    max_tokens: int = 128
-    """Tokens to add, at most."""
-    temperature: float = 0.8
-    """0 always takes the most probable token."""
-    top_k: int = 50
-    """Draw among this many, 0 for all."""
-    top_p: float = 1.0
-    """Draw among the fewest that hold this much probability."""
-    seed: int = 0
-    """Of the draws."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +256,7 @@ def _eval(command: Eval) -> None:
     from cgpt.console import interactive
     from cgpt.evaluate.loss import evaluate_run
 
-    bar, room = interactive(), _room(command)
+    bar, room = interactive(), command.room()
     found = evaluate_run(
         command.run, command.data, command.tokens, command.batch_size, room, progress=bar, say=_say_placed
     )
@@ -329,7 +275,7 @@ def _generate(command: Generate) -> None:
     from cgpt.evaluate.generate import generate
     from cgpt.stream.executor import Executor
 
-    _, _, model, store = open_trained(command.run, _room(command), say=_say_placed)
+    _, _, model, store = open_trained(command.run, command.room(), say=_say_placed)
     walk = Executor(store) if store.placement.streams else None
     ids = gpt2().encode_ordinary(command.prompt) or [EOT]
     found = generate(
@@ -340,15 +286,6 @@ def _generate(command: Generate) -> None:
     for token in found:
         print(text.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
     print(text.decode(b"", final=True))
-
-
-def _room(command: Read):
-    from cgpt.placing import Room
-    from cgpt.stream.limits import parse_bytes
-
-    device = command.device_memory and parse_bytes(command.device_memory, "--device-memory")
-    host = command.host_memory and parse_bytes(command.host_memory, "--host-memory")
-    return Room(command.device, device, host, command.disk and str(command.disk))
 
 
 def _say_placed(where: str) -> None:
