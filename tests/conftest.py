@@ -8,7 +8,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from cgpt import train
+from cgpt.model import presets
 from cgpt_ext import _native, dispatch
+from nano import NANO, write_corpus
 
 
 @pytest.fixture(params=_native.cpu_isas())
@@ -21,3 +24,17 @@ def isa(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder with a corpus, a cache of its own and the nano preset."""
+    monkeypatch.setitem(presets.PRESETS, "nano", NANO)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
+    write_corpus(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a step of nano is too small to share
+    yield tmp_path
+    torch.set_num_threads(threads)

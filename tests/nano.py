@@ -84,7 +84,7 @@ class Runs:
 
 def serve() -> None:
     """Answers each request of `Runs` once its process has ended."""
-    gpt2()
+    gpt2().encode_ordinary("")
     for line in sys.stdin:
         request, said = json.loads(line), Path("said")
         process = os.fork()

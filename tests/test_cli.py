@@ -10,24 +10,9 @@ import pytest
 import torch
 
 import nano
-from cgpt import cli, console, train
+from cgpt import cli, console
 from cgpt.data.prepare import prepare
-from cgpt.model import presets
-from nano import NANO, start, write_corpus
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "nano", NANO)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
-    write_corpus(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
-
+from nano import start
 
 TRAIN = "train --model nano --data corpus.txt --steps 2 --eval-tokens 32 --out run".split()
 
@@ -68,7 +53,7 @@ def refused(capsys, *argv):
         ("data info nowhere", "nowhere: no such file or folder"),
         ("data prepare corpus.txt", "Missing from cgpt data prepare: --out DIR"),
         ("data", "Expected one of {prepare, info}"),
-        ("", "Expected one of {train, plan, fit, eval, generate, data, info}"),
+        ("", "Expected one of {train, plan, fit, sweep, ablate, eval, generate, data, info}"),
         ("dance", "Unrecognized options: dance"),
     ],
 )

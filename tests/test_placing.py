@@ -4,27 +4,11 @@ import json
 import re
 
 import pytest
-import torch
 
 from cgpt import checkpoint, train
 from cgpt.errors import InputError
-from cgpt.model import presets
 from cgpt.placing import describe, place_run
 from cgpt.recipe import TrainConfig, resolve
-from nano import NANO, write_corpus
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "nano", NANO)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
-    write_corpus(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
 
 
 def nano(**more):

@@ -6,30 +6,14 @@ import signal
 import time
 
 import pytest
-import torch
 
 from cgpt import checkpoint, placing, train
 from cgpt.errors import InputError
 from cgpt.metrics import read
-from cgpt.model import presets
 from cgpt.recipe import TrainConfig
 from nano import NANO, start, write_corpus
 
 KILLS = int(os.environ.get("CGPT_TEST_KILLS", "3"))
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder with a corpus, a cache of its own and the nano preset."""
-    monkeypatch.setitem(presets.PRESETS, "nano", NANO)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
-    write_corpus(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a step of nano is too small to share
-    yield tmp_path
-    torch.set_num_threads(threads)
 
 
 def nano(**more):
@@ -236,7 +220,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(here, monkeypatch, slow_
     one_step = train.one_step
 
     def noting(run):
-        saved[run.step] = run.saving is not None, run.checkpoint and run.checkpoint.name
+        saved[run.step] = run.checkpoints.saving is not None, run.checkpoints.newest and run.checkpoints.newest.name
         return one_step(run)
 
     monkeypatch.setattr(train, "one_step", noting)
@@ -258,7 +242,7 @@ def test_an_error_leaves_only_once_the_checkpoint_is_whole(here, monkeypatch, sl
 
     def failing(run):
         if run.step == 4:
-            assert run.saving is not None
+            assert run.checkpoints.saving is not None
             raise error
         return one_step(run)
 

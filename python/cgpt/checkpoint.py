@@ -21,7 +21,6 @@ import math
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2, read_tokenizer
 from cgpt.errors import InputError
 from cgpt.files import read_signed_json, sha256_of, sync_folder, write_signed_json
 from cgpt.model.gpt import GPT
@@ -103,42 +103,6 @@ def save(folder: Path, source: Store | Snapshot, step: int, state: dict, keep: i
     return final
 
 
-class Saving:
-    """A checkpoint on its way to the disk while training goes on: `save` of a snapshot, on a thread of its own.
-
-    The thread is no daemon: an interpreter that ends, for whatever reason, ends after it.
-    """
-
-    def __init__(self, folder: Path, snapshot: Snapshot, step: int, state: dict, keep: int):
-        self._path: Path | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(folder, snapshot, step, state, keep), name="checkpoint")
-        try:
-            self._thread.start()
-        except BaseException:
-            snapshot.drop()
-            raise
-
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self) -> Path:
-        """The checkpoint's path, once it is whole. Raises what `save` raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._path
-
-    def _run(self, folder: Path, snapshot: Snapshot, step: int, state: dict, keep: int) -> None:
-        try:
-            self._path = save(folder, snapshot, step, state, keep)
-        except BaseException as error:  # whatever it is, training must not wait at the gate for ever
-            self._error = error
-        finally:
-            snapshot.drop()
-
-
 def failpoint(name: str) -> None:
     """Nothing; a place where tests kill the process."""
 
@@ -192,6 +156,12 @@ def open_trained(
         store.close()
         raise
     return recipe, identity, model, store
+
+
+def open_tokenizer(run: Path, identity: dict) -> Tokenizer:
+    """The vocabulary of a run whose data has this identity: the copy that the run keeps, or GPT-2's."""
+    own = identity.get("vocabulary")
+    return gpt2() if own is None else read_tokenizer(run / TOKENIZER, own)
 
 
 def steps(folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   fit   eval   generate   data prepare   data info   info
+    train   plan   fit   sweep   ablate   eval   generate   data prepare   data info   info
 
 Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
 (128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
@@ -9,7 +9,6 @@ is asked for.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import io
 import json
@@ -25,12 +24,10 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
+from cgpt.experiments.flags import Ablate, Sweep
+from cgpt.plan_flags import Plan
 from cgpt.read_flags import Eval, Generate
-from cgpt.recipe import Float, Int, Switch, Text, TrainConfig
-
-Link = Annotated[
-    Literal["gen5", "gen4", "copy"] | None, tyro.conf.arg(metavar="{gen5,gen4,copy}", help_behavior_hint="")
-]
+from cgpt.recipe import Int, Switch, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,9 @@ class Prepare:
     """Text files (.txt, .jsonl, packed or not), folders of them, moby-dick or python-stdlib."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Dataset folder to write; one left by an interrupted run is finished."""
+    vocab_size: Int = None
+    """Learn a byte-pair vocabulary of so many ids from the text, which a model trained on DIR then has; 257 to 65535
+    (default: GPT-2's vocabulary of 50257)."""
     workers: Int = None
     """Threads that encode (default: one a core)."""
 
@@ -60,43 +60,6 @@ class Data:
     """Prepare token shards, or look into them."""
 
     command: Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[DataInfo, tyro.conf.subcommand("info")]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where a model's memory would live on a machine that need not be this one, and how fast it would train there.
-
-    Layer weights, gradients and optimizer state go to the device, the host and a disk, as far as each has room. What
-    cannot fit is refused with the nearest setting that can: a flag to change.
-    """
-
-    model: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "13B"
-    """A preset, as `cgpt info` lists them."""
-    device: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "h100"
-    """h100, h200, a100-80gb, rtx-4090 or cpu."""
-    device_memory: Text = None
-    """Of it to use, such as 4GiB or 80GB (default: what the device has)."""
-    host_memory: Text = None
-    """Of the host to use (default: what this machine has left)."""
-    disk_space: Text = None
-    """For what the host has no room for, on an NVMe drive (default: none)."""
-    link: Link = None
-    """Between host and device: PCIe 5.0 or 4.0, or a copy in memory (default: the device's)."""
-    host_bandwidth: Text = None
-    """Of the host's memory for AdamW, a second, such as 150GB (default: a usual host's of the device)."""
-    sustained: Float = None
-    """Share of the device's peak that its products reach (default: measured by others on the device)."""
-    tokens_per_step: Int = None
-    """Tokens between two updates (default: the preset's largest batch). With all in one visit gradients are half as
-    large."""
-    tokens_per_visit: Int = None
-    """Tokens that a layer's weights serve each time they come; activations grow with it (default: the fastest)."""
-    precision: Annotated[Literal["bf16", "fp32", "fp16"], tyro.conf.arg(metavar="{bf16,fp32,fp16}")] = "bf16"
-    """Of weights and activations."""
-    moments: Annotated[Literal["fp32", "bf16"], tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
-    """Of AdamW's: 12 or 8 bytes of state a parameter."""
-    json: Switch = False
-    """Print JSON."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +97,8 @@ Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Data, tyro.conf.subcommand("data")]
@@ -200,6 +165,8 @@ def run(command) -> int:
     """Runs a parsed command."""
     if isinstance(command, TrainConfig):
         return _train(command)
+    if isinstance(command, Sweep | Ablate):
+        return _experiment(command)
     if isinstance(command, Data):
         command = command.command
     steps = {Plan: _plan, Fit: _fit, Eval: _eval, Generate: _generate}
@@ -215,27 +182,43 @@ def _train(config: TrainConfig) -> int:
     return 128 + summary.stopped_by if summary.stopped_by else 0
 
 
+def _experiment(command: Sweep | Ablate) -> int:
+    from cgpt.experiments.commands import run_ablate, run_sweep
+    from cgpt.experiments.matrix import Stopped
+
+    try:
+        run_sweep(command) if isinstance(command, Sweep) else run_ablate(command)
+    except Stopped as stopped:
+        print("cgpt: stopped, saved; the same command goes on", file=sys.stderr)
+        return 128 + stopped.signal
+    return 0
+
+
 def _plan(command: Plan) -> None:
+    if command.model is None and command.target is not None:
+        _propose(command)
+        return
     from cgpt.plan import problem, solve
     from cgpt.plan_report import show, to_dict
-    from cgpt.stream.format import Format
 
-    found = solve(
-        problem(
-            command.model,
-            command.device,
-            device_memory=command.device_memory,
-            host_memory=command.host_memory,
-            disk_space=command.disk_space,
-            link=command.link,
-            sustained=command.sustained,
-            host_bandwidth=command.host_bandwidth,
-            tokens_per_step=command.tokens_per_step,
-            tokens_per_visit=command.tokens_per_visit,
-            format=Format(command.precision, command.moments),
-        )
-    )
+    command.check_model()
+    found = solve(problem(command.model or "13B", command.device or "h100", **command.machine))
     print(json.dumps(to_dict(found), indent=1) if command.json else show(found))
+
+
+def _propose(command: Plan) -> None:
+    from cgpt import proposal_report
+    from cgpt.fit_report import check_picture
+    from cgpt.proposal import propose, write
+
+    if command.plot:
+        check_picture(command.plot)
+    found = propose(command)
+    print(json.dumps(proposal_report.to_dict(found), indent=1) if command.json else proposal_report.show(found))
+    if command.plot:
+        proposal_report.plot(found, command.plot)
+    if command.write:
+        write(found, command.write)
 
 
 def _fit(command: Fit) -> None:
@@ -270,22 +253,22 @@ def _eval(command: Eval) -> None:
 
 
 def _generate(command: Generate) -> None:
-    from cgpt.checkpoint import open_trained
-    from cgpt.data.tokenizer import EOT, gpt2
+    from cgpt.checkpoint import open_tokenizer, open_trained
     from cgpt.evaluate.generate import generate
     from cgpt.stream.executor import Executor
 
-    _, _, model, store = open_trained(command.run, command.room(), say=_say_placed)
+    _, identity, model, store = open_trained(command.run, command.room(), say=_say_placed)
     walk = Executor(store) if store.placement.streams else None
-    ids = gpt2().encode_ordinary(command.prompt) or [EOT]
+    tokenizer = open_tokenizer(command.run, identity)
+    eot = tokenizer.eot
+    ids = tokenizer.encode_ordinary(command.prompt) or [eot]
     found = generate(
-        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, EOT, walk
+        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot, walk
     )
     print(command.prompt, end="", flush=True)
-    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    for token in found:
-        print(text.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
-    print(text.decode(b"", final=True))
+    for text in tokenizer.stream(found):
+        print(text, end="", flush=True)
+    print()
 
 
 def _say_placed(where: str) -> None:
@@ -297,7 +280,8 @@ def _prepare(command: Prepare) -> None:
     from cgpt.console import interactive
     from cgpt.data.prepare import prepare
 
-    _show(prepare(command.sources, command.out, workers=command.workers, progress=interactive()), False)
+    size, bar = command.vocab_size, interactive()
+    _show(prepare(command.sources, command.out, workers=command.workers, progress=bar, vocab_size=size), False)
 
 
 def _data_info(command: DataInfo) -> None:

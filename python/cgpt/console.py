@@ -12,11 +12,13 @@ from tqdm import tqdm
 from cgpt.errors import InputError
 from cgpt.metrics import Summary, human
 from cgpt.recipe import Recipe
+from cgpt.scaling.flops import flops_per_token, matmul_flops_per_token
 
 PLAIN_SECONDS = 10  # between plain lines where there is no terminal
 
 ACTIVATIONS = 13  # values a token and width kept by a block for its backward: inputs, norms, q k v, attention, MLP
 HEAD_BYTES = 128 << 20  # logits in flight
+POSITIONS = {"learned": "", "none": "not marked", "rotary": "rotary", "alibi": "ALiBi"}
 
 
 def memory_estimate(recipe: Recipe, n_params: int) -> dict[str, int]:
@@ -67,10 +69,11 @@ def report(recipe: Recipe, n_params: int, data: str, implementations: dict[str, 
     batches = ", then ".join(str(batch) for _, batch in recipe.batch_schedule)
     rows = {
         "model": f"{recipe.model}: {shape.n_layer} layers, width {shape.d_model}, {shape.n_head} heads, "
-        f"{shape.seq_len} positions; {n_params:,} parameters",
+        f"{shape.seq_len} positions{_variant(recipe)}; {n_params:,} parameters",
         "data": data,
         "run": f"{recipe.steps:,} steps of {batches} x {recipe.seq_len} tokens, {recipe.micro_batch_size} at once; "
         f"{human(recipe.tokens)} tokens, {recipe.tokens / n_params:.3g} per parameter",
+        "flops": _flops(recipe),
         "recipe": f"AdamW, peak lr {recipe.lr:g}, {recipe.decay} decay to {recipe.lr * recipe.min_lr_ratio:g}, "
         f"{human(recipe.warmup_tokens)} warm-up tokens, clip {recipe.clip:g}, seed {recipe.seed}",
         "ops": f"{recipe.device}, {recipe.precision}; "
@@ -81,6 +84,27 @@ def report(recipe: Recipe, n_params: int, data: str, implementations: dict[str, 
     }
     for name, text in rows.items():
         say(f"{name:8} {text}")
+
+
+def _variant(recipe: Recipe) -> str:
+    """What tells the model from the published ones."""
+    shape = recipe.shape
+    words = [POSITIONS[shape.positions], shape.activation, "embedding norm" * shape.embedding_norm]
+    told = [word for word in (*words, recipe.parametrization) if word not in ("", "gelu", "sp")]
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _flops(recipe: Recipe) -> str:
+    """FLOPs a token by the published convention and its parts, by the rule of thumb, and of the products done here."""
+    shape = recipe.shape
+    count = flops_per_token(shape)
+    parts = {name: value for name, value in count.to_dict().items() if name not in ("six_n", "total")}
+    told = ", ".join(f"{name} {100 * value / count.total:.0f} %" for name, value in parts.items())
+    done = matmul_flops_per_token(shape, recipe.seq_len)
+    return (
+        f"{human(count.total)} a token as published ({told}), {human(count.six_n)} by 6N, {human(done)} in products "
+        f"done; {human(count.total * recipe.tokens)} in all"
+    )
 
 
 def interactive() -> bool:
@@ -123,7 +147,7 @@ class Live:
         if held_out or now - self._said >= PLAIN_SECONDS or self.done in (self._first + 1, self.steps):
             left = (now - self._began) / (self.done - self._first) * (self.steps - self.done)
             held_out = f", held-out loss {row['val_loss']:.4f}" if held_out else ""
-            say(f"step {self.done}/{self.steps}: {text}, {_clock(left)} left{held_out}")
+            say(f"step {self.done}/{self.steps}: {text}, {clock(left)} left{held_out}")
             self._said = now
 
     def close(self) -> None:
@@ -140,13 +164,14 @@ def show_summary(summary: Summary) -> None:
     )
     if summary.tokens_per_second:
         say(
-            f"{summary.steps} steps, {human(summary.tokens)} tokens in {_clock(summary.seconds)}: "
+            f"{summary.steps} steps, {human(summary.tokens)} tokens in {clock(summary.seconds)}: "
             f"{human(summary.tokens_per_second)} tokens/s, {human(summary.model_flops_per_second, 'FLOP/s')}, "
             f"peak memory {human(summary.peak_memory_bytes, 'B')}"
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

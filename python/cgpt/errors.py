@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and mend."""
+"""The exceptions for what a user can cause and mend."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     `cgpt` prints it as `cgpt: <message>` and exits with code 2; library callers catch it as a ValueError.
     """
+
+
+class Diverged(InputError):
+    """Training has come to numbers that are not finite: an answer, where runs are compared."""

@@ -33,9 +33,10 @@ DAY = 86400
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked: a preset's name, its machine, and one step."""
+    """What is asked: a model and its name, its machine, and one step."""
 
     model: str
+    shape: GPTConfig
     hardware: Hardware
     link: Link
     budgets: Budgets
@@ -43,10 +44,6 @@ class Problem:
     tokens_per_step: int
     tokens_per_visit: int | None
     format: Format
-
-    @property
-    def shape(self) -> GPTConfig:
-        return PRESETS[self.model].config
 
     @property
     def beside(self) -> str:
@@ -107,6 +104,7 @@ def problem(
     model: str,
     device: str,
     *,
+    shape: GPTConfig | None = None,
     device_memory: str | None = None,
     host_memory: str | None = None,
     disk_space: str | None = None,
@@ -117,13 +115,22 @@ def problem(
     tokens_per_visit: int | None = None,
     format: Format | None = None,
 ) -> Problem:
-    """From names and sizes as they are written, None for what is not given. Raises InputError, naming the flag."""
-    _one_of("model", model, PRESETS)
+    """From names and sizes as they are written, None for what is not given. Raises InputError, naming the flag.
+
+    shape: of a model that is no preset; then `model` is any name, and tokens_per_step is wanted.
+    """
+    if shape is None:
+        _one_of("model", model, PRESETS)
     _one_of("device", device, DEVICES)
-    hardware, preset = DEVICES[device], PRESETS[model]
+    hardware = DEVICES[device]
     _one_of("link", link or hardware.link, LINKS)
-    seq_len = preset.config.seq_len
-    step = seq_len * max(batch for _, batch in preset.batch_schedule) if tokens_per_step is None else tokens_per_step
+    step = tokens_per_step
+    if shape is None:
+        preset = PRESETS[model]
+        shape = preset.config
+        largest = shape.seq_len * max(batch for _, batch in preset.batch_schedule)
+        step = largest if step is None else step
+    seq_len = shape.seq_len
     for name, tokens in (("tokens-per-step", step), ("tokens-per-visit", tokens_per_visit)):
         if tokens is not None and (tokens < seq_len or tokens % seq_len):
             raise InputError(f"--{name}: wanted a multiple of {model}'s sequences of {seq_len} tokens, got {tokens}")
@@ -144,7 +151,7 @@ def problem(
     if not memory:
         raise InputError(f"--host-bandwidth: wanted more than nothing, got {host_bandwidth}")
     rates = Rates(hardware.peak * share / slower, wire.rate, wire.rate, memory, DRIVE.read, DRIVE.write)
-    return Problem(model, hardware, wire, budgets, rates, step, tokens_per_visit, format)
+    return Problem(model, shape, hardware, wire, budgets, rates, step, tokens_per_visit, format)
 
 
 def solve(problem: Problem) -> Found:

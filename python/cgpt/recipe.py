@@ -23,6 +23,7 @@ from cgpt.model.presets import PRESETS, Preset
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
 from cgpt.stream.format import Format
 from cgpt.stream.limits import parse_bytes
+from cgpt.train_file import read_train_file
 
 CONFIG = "config.json"
 VARIANTS = ("positions", "activation", "embedding_norm")  # flags that are fields of the model's config
@@ -56,6 +57,8 @@ class TrainConfig:
 
     model: Text = None
     """A preset, as `cgpt info` lists them (default: tiny)."""
+    config: Annotated[Path | None, _flag("FILE")] = None
+    """A preset of your own with flags that go with it, as `cgpt plan --write` leaves them (default: --model)."""
     data: Text = None
     """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
     llm.c (default: moby-dick)."""
@@ -184,12 +187,12 @@ class Recipe:
         return cls(**{**values, "shape": GPTConfig.from_dict(values["shape"]), "batch_schedule": schedule})
 
 
-def resolve(config: TrainConfig) -> Recipe:
-    """The recipe of a new run. Raises InputError, naming the flag, for values that make no run."""
-    name = config.model or "tiny"
-    if name not in PRESETS:
-        raise InputError(f"--model: wanted one of {', '.join(PRESETS)}, got {name}")
-    preset = PRESETS[name]
+def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
+    """The recipe of a new run. Raises InputError, naming the flag, for values that make no run.
+
+    vocab_size: of the data's own vocabulary (default: the preset's).
+    """
+    preset, config = _preset(config)
     _check(config)
     seq_len = config.seq_len or preset.config.seq_len
     shape, lr = _shape(config, preset)
@@ -198,7 +201,7 @@ def resolve(config: TrainConfig) -> Recipe:
     total = tokens_after(steps, schedule, seq_len)
     warmup = min(preset.warmup_tokens, total // WARMUP_PART)
     recipe = Recipe(
-        model=name,
+        model=preset.name,
         data=config.data or "moby-dick",
         shape=replace(shape, seq_len=max(seq_len, shape.seq_len)),
         steps=steps,
@@ -225,9 +228,24 @@ def resolve(config: TrainConfig) -> Recipe:
         keep=config.keep or 2,
         **_where(config),
     )
+    if vocab_size is not None:
+        recipe = replace(recipe, shape=replace(recipe.shape, vocab_size=vocab_size))
     if recipe.warmup_tokens > recipe.tokens:
         raise InputError(f"--warmup-tokens: wanted at most the run's {recipe.tokens}, got {recipe.warmup_tokens}")
     return recipe
+
+
+def _preset(config: TrainConfig) -> tuple[Preset, TrainConfig]:
+    """The preset that is asked for, and `config` with its file's flags where none was given."""
+    if config.config is None:
+        name = config.model or "tiny"
+        if name not in PRESETS:
+            raise InputError(f"--model: wanted one of {', '.join(PRESETS)}, got {name}")
+        return PRESETS[name], config
+    if config.model is not None:
+        raise InputError("--config: wanted it or --model, got both")
+    preset, flags = read_train_file(config.config)
+    return preset, replace(config, **{name: _given(getattr(config, name), flags[name]) for name in flags})
 
 
 def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
@@ -236,7 +254,7 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or value is False or field.name in ("out", "resume", "timeline"):
+        if value is None or value is False or field.name in ("config", "out", "resume", "timeline"):
             continue
         value = _where(config).get(field.name, value)
         if field.name in ("batch_size", "batch_schedule"):
@@ -295,7 +313,8 @@ def resumed_folder(config: TrainConfig) -> Path:
         if not (config.out / CONFIG).is_file():
             raise InputError(f"{config.out}: wanted a run to resume ({CONFIG}), got none")
         return config.out
-    name = _run_name(config.model or "tiny", config.data or "moby-dick")
+    preset, config = _preset(config)
+    name = _run_name(preset.name, config.data or "moby-dick")
     taken = _numbers(name)
     if not taken:
         raise InputError(f"{RUNS / name}: wanted a run to resume, got none")

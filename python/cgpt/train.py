@@ -23,15 +23,14 @@ from typing import TextIO
 import torch
 
 from cgpt import checkpoint, console
-from cgpt.checkpoint import Saving
 from cgpt.data.loader import Loader, train_val_split, unigram_loss
-from cgpt.data.prepare import open_corpus
+from cgpt.data.prepare import open_corpus, own_vocab_size
 from cgpt.data.shards import TokenDataset
-from cgpt.data.tokenizer import EOT, gpt2
-from cgpt.errors import InputError
+from cgpt.data.tokenizer import TOKENIZER
+from cgpt.errors import Diverged, InputError
 from cgpt.evaluate.generate import generate
 from cgpt.evaluate.loss import HeldOut, held_out_loss, identity_of, to_device, windows_within
-from cgpt.files import lock_folder
+from cgpt.files import lock_folder, write_atomically
 from cgpt.lanes import LaneReport
 from cgpt.metrics import Metrics, Summary, human, peak_memory_bytes
 from cgpt.model.gpt import GPT
@@ -49,6 +48,7 @@ from cgpt.recipe import (
     resumed_folder,
     write_config,
 )
+from cgpt.saving import Checkpoints
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.schedule import learning_rate
 from cgpt.stream.build import build, check_device
@@ -57,7 +57,6 @@ from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.probe import probe
 from cgpt.stream.selfcheck import check_machine
-from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
 from cgpt_ext import dispatch
@@ -88,7 +87,7 @@ class Job:
 def job_of(config: TrainConfig) -> Job:
     """What `config` asks for. Raises InputError, naming the flag, where it makes no run."""
     if not config.resume:
-        recipe = resolve(config)
+        recipe = resolve(config, config.data and own_vocab_size(config.data))
         return Job(recipe, new_folder(config, recipe), None, config.timeline)
     folder = resumed_folder(config)
     saved, identity = read_config(folder)
@@ -115,7 +114,8 @@ def to_the_end(run: Run) -> Summary:
     live = console.Live(recipe.steps, run.step, flops)
     began = time.monotonic()
     evaluation: HeldOut | None = None
-    with contextlib.closing(metrics), contextlib.closing(live), stop_signals() as stop, saving_to_the_end(run):
+    saving = run.checkpoints.to_the_end(console.say)
+    with contextlib.closing(metrics), contextlib.closing(live), stop_signals() as stop, saving:
         while run.step < recipe.steps:
             row = one_step(run)
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
@@ -124,13 +124,12 @@ def to_the_end(run: Run) -> Summary:
             metrics.append(row)
             live.step(row)
             stopping = bool(stop)  # looked at once: a signal from here on is the next step's
-            if run.saving is not None and run.saving.done:
-                finish_saving(run)
+            run.checkpoints.notice()
             if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps or stopping:
                 save(run, run.seconds + time.monotonic() - began)
             if stopping:
                 break
-        finish_saving(run)
+        run.checkpoints.finish()
 
     finished = run.step == recipe.steps
     if finished and evaluation is None:  # resumed at its end
@@ -153,7 +152,7 @@ def to_the_end(run: Run) -> Summary:
         peak_memory_bytes=peak_memory_bytes(recipe.device),
         skipped_steps=run.optimizer.skipped,
         stopped_by=None if finished else stop[0],
-        checkpoint=run.checkpoint and str(run.checkpoint),
+        checkpoint=run.checkpoints.newest and str(run.checkpoints.newest),
     )
     summary.write(run.folder)
     picture = plot_loss(run.folder, metrics.rows, unigram, f"{recipe.model} on {recipe.data}")
@@ -166,7 +165,7 @@ def to_the_end(run: Run) -> Summary:
         console.say(line)
     if run.lanes.wanted:
         console.say(f"lanes    {', '.join(map(str, run.lanes.write(run.folder)))}")
-    console.say(f"{picture}; checkpoint {run.checkpoint}; resume with: {resume_command(run.folder)}")
+    console.say(f"{picture}; checkpoint {run.checkpoints.newest}; resume with: {resume_command(run.folder)}")
     return summary
 
 
@@ -174,8 +173,7 @@ def to_the_end(run: Run) -> Summary:
 class Run:
     """A run in progress. `samples`, the sequences consumed so far, is the data cursor; `seconds` is past sessions'.
 
-    While `lock` is open, no other process can take the run's folder. `checkpoint` is the newest that is whole; `saving`
-    one on its way to the disk.
+    While `lock` is open, no other process can take the run's folder.
     """
 
     recipe: Recipe
@@ -189,11 +187,10 @@ class Run:
     optimizer: AdamW
     lock: TextIO
     lanes: LaneReport
+    checkpoints: Checkpoints
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
-    checkpoint: Path | None = None
-    saving: Saving | None = None
 
 
 def open_run(job: Job) -> Run:
@@ -234,19 +231,24 @@ def open_run(job: Job) -> Run:
     lock = lock_folder(folder)
     try:
         lanes = LaneReport(store, probe(store) if placed.streams else None, job.timeline, recipe.shape.d_model)
-        run = Run(recipe, folder, dataset, loader, held_out, model, store, Executor(store), optimizer, lock, lanes)
+        checkpoints = Checkpoints(folder / checkpoint.CHECKPOINTS, store, recipe.keep)
+        parts = model, store, Executor(store), optimizer, lock, lanes, checkpoints
+        run = Run(recipe, folder, dataset, loader, held_out, *parts)
         if resumed:
             go_on(run)
         if not run.step:
             store.initialise(lambda name, tensor: init_parameter(name, tensor, recipe.shape, recipe.seed))
         write_config(folder, recipe, found)
+        if dataset.vocabulary is not None:  # so that the run can be read without its data
+            write_atomically(folder / TOKENIZER, dataset.tokenizer.file)
         told = f"{dataset.name}: {human(train_split.n_tokens)} tokens to train on, {human(val_split.n_tokens)} held out"
+        told += f", vocabulary of {dataset.vocab_size:,}"
         console.report(recipe, store.n_parameters, told, implementations, folder)
         if placed.streams:
             console.say(f"placed   {describe(placed)}")
             console.say(f"threads  {torch.get_num_threads()} compute, {device.optimizer_threads} AdamW's on the host")
         if resumed:
-            console.say(f"resumed  at step {run.step} of {recipe.steps}, from {run.checkpoint or 'the start'}")
+            console.say(f"resumed  at step {run.step} of {recipe.steps}, from {run.checkpoints.newest or 'the start'}")
     except BaseException:
         lock.close()
         raise
@@ -265,13 +267,13 @@ def go_on(run: Run) -> None:
     checkpoint.load(path, run.store, manifest)
     run.optimizer.load_state(manifest["optimizer"])
     run.step, run.samples, run.seconds = manifest["step"], manifest["samples"], manifest["seconds"]
-    run.checkpoint = path
+    run.checkpoints.newest = path
     if run.step > run.recipe.steps:
         raise InputError(f"--steps: wanted at least the {run.step} that {path} has made, got {run.recipe.steps}")
 
 
 def one_step(run: Run) -> dict:
-    """Moves the run one optimizer step on; returns its row of metrics. Raises InputError for a loss not finite."""
+    """Moves the run one optimizer step on; returns its row of metrics. Raises Diverged for a loss not finite."""
     recipe, began = run.recipe, time.perf_counter()
     size = batch_at(recipe, run.samples * recipe.seq_len)
     tokens = (run.samples + size) * recipe.seq_len
@@ -286,10 +288,10 @@ def one_step(run: Run) -> dict:
     scale = run.optimizer.loss_scale
     gradients = run.executor.gradients(visits(run, size), scale)
     if not math.isfinite(gradients.loss):
-        finish_saving(run)
-        raise InputError(
+        run.checkpoints.finish()
+        raise Diverged(
             f"loss: wanted a finite number, got {gradients.loss} at step {run.step + 1} (lr {lr:.3g}); "
-            f"last good checkpoint: {run.checkpoint or 'none'}"
+            f"last good checkpoint: {run.checkpoints.newest or 'none'}"
         )
     applied = run.optimizer.step(gradients, lr)
     run.step += 1
@@ -319,9 +321,7 @@ def evaluate(run: Run) -> HeldOut:
 
 
 def save(run: Run, seconds: float) -> None:
-    """Begins a checkpoint of this moment, once the one before is whole; training goes on meanwhile, where the placement
-    has memory for that. Raises OSError naming file and reason, and the checkpoint that is left."""
-    finish_saving(run)
+    """Begins a checkpoint of this moment. Raises OSError."""
     state = {
         "samples": run.samples,
         "tokens": run.samples * run.recipe.seq_len,
@@ -329,58 +329,18 @@ def save(run: Run, seconds: float) -> None:
         "optimizer": run.optimizer.state(),
         "recipe": run.recipe.to_dict(),
     }
-    folder, keep = run.folder / checkpoint.CHECKPOINTS, run.recipe.keep
-    if run.store.placement.aside is not None:
-        run.saving = Saving(folder, Snapshot(run.store), run.step, state, keep)
-        return
-    with naming_what_is_left(run):
-        run.checkpoint = checkpoint.save(folder, run.store, run.step, state, keep)
-
-
-def finish_saving(run: Run) -> None:
-    """Waits for the checkpoint that is on its way, if one is. Raises what `save` raises."""
-    if run.saving is None:
-        return
-    with naming_what_is_left(run):
-        try:
-            run.checkpoint = run.saving.wait()
-        finally:
-            if run.saving.done:  # not where Ctrl-C ended the waiting
-                run.saving = None
-
-
-@contextlib.contextmanager
-def saving_to_the_end(run: Run) -> Iterator[None]:
-    """An error leaves only once the checkpoint that is on its way is whole; should that fail too, it is said."""
-    try:
-        yield
-    except BaseException:
-        try:
-            finish_saving(run)
-        except OSError as error:
-            console.say(f"checkpoint not saved: {error}")
-        raise
-
-
-@contextlib.contextmanager
-def naming_what_is_left(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = f"{error.strerror}; last good checkpoint: {run.checkpoint or 'none'}"
-        raise OSError(error.errno, reason, error.filename) from error
+    run.checkpoints.save(run.step, state)
 
 
 def sample(run: Run) -> str:
     """Held-out text's first tokens and, after a bar, how the model goes on."""
-    prompt = run.held_out.split.tokens(0, min(SAMPLE_PROMPT, run.recipe.seq_len)).tolist()
-    if max(prompt) >= gpt2().n_vocab:
-        return "not shown: the tokens are not GPT-2's"
-    prompt = [token for token in prompt if token != EOT] or [EOT]
-    ids = generate(
-        run.model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=run.recipe.seed, eot=EOT, walk=run.executor
-    )
-    return f"{gpt2().decode(prompt)}|{gpt2().decode(list(ids))}"
+    tokenizer, seed = run.dataset.tokenizer, run.recipe.seed
+    if tokenizer is None:
+        return "not shown: the tokens' vocabulary is not known"
+    eot, prompt = tokenizer.eot, run.held_out.split.tokens(0, min(SAMPLE_PROMPT, run.recipe.seq_len)).tolist()
+    prompt = [token for token in prompt if token != eot] or [eot]
+    ids = generate(run.model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed, eot=eot, walk=run.executor)
+    return f"{tokenizer.decode(prompt)}|{tokenizer.decode(ids)}"
 
 
 def resume_command(folder: Path) -> str:

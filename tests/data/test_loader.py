@@ -216,7 +216,7 @@ def test_text_bytes_are_those_of_the_targets(moby_dick, monkeypatch):
     loader = Loader(val, 32)
     for n_windows in (1, 7, None):
         tokens = np.concatenate(list(loader.targets(n_windows)))
-        assert loader.text_bytes(n_windows) == len(gpt2().decode_bytes(tokens[tokens != EOT].tolist()))
+        assert loader.text_bytes(n_windows) == len(gpt2().encoding.decode_bytes(tokens[tokens != EOT].tolist()))
     train, _ = train_val_split(dataset_of([1000]), 32)
     assert Loader(train, 32).text_bytes() is None
 

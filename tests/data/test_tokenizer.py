@@ -13,7 +13,7 @@ import regex  # a dependency of tiktoken
 
 from cgpt.data import tokenizer
 from cgpt.data.sources import find, read
-from cgpt.data.tokenizer import EOT, VOCAB_SIZE, bytes_of, gpt2, vocabulary_hash
+from cgpt.data.tokenizer import EOT, VOCAB_SIZE, gpt2
 
 SPLIT = regex.compile(r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
 CHARACTERS = "ab Z09.,'\n\t  \r\u00a0\u2003\u0085\x1c'sé漢字😀\u0301ß½٣<|>endoftext"
@@ -57,12 +57,16 @@ def naive_tokens(text: str) -> list[bytes]:
 
 def test_published_facts():
     assert gpt2().n_vocab == VOCAB_SIZE == 50257
-    assert gpt2().encode("<|endoftext|>", allowed_special="all") == [EOT] == [50256]
+    assert gpt2().encoding.encode("<|endoftext|>", allowed_special="all") == [EOT] == [50256]
     assert gpt2().encode_ordinary("Hello world") == [15496, 995]
     assert gpt2().decode_single_token_bytes(0) == b"!"
     assert gpt2().decode_single_token_bytes(255) == b"\xad"
     assert gpt2().decode_single_token_bytes(256) == b" t"
-    assert len(set(tokenizer._byte_strings())) == 50256
+    assert len(set(gpt2().strings)) == gpt2().eot == 50256
+
+
+def test_datasets_of_before_keep_their_hash():
+    assert gpt2().hash == "66d9c5f7a1bcffa45fb01e20e79e1e0b66dff35c49add8b0289909872098b9a0"
 
 
 def test_moby_dick_counts(moby_dick):
@@ -73,7 +77,7 @@ def test_moby_dick_counts(moby_dick):
 
 def test_equals_naive_merging_on_prose(moby_dick):
     text = moby_dick[0] + moby_dick[40][:20_000]
-    assert gpt2().decode_tokens_bytes(gpt2().encode_ordinary(text)) == naive_tokens(text)
+    assert gpt2().encoding.decode_tokens_bytes(gpt2().encode_ordinary(text)) == naive_tokens(text)
 
 
 def test_round_trip_and_naive_merging_on_random_text():
@@ -83,15 +87,15 @@ def test_round_trip_and_naive_merging_on_random_text():
         tokens = gpt2().encode_ordinary(text)
         assert gpt2().decode(tokens) == text
         assert EOT not in tokens
-        assert gpt2().decode_tokens_bytes(tokens) == naive_tokens(text)
-        assert bytes_of(np.array(tokens, dtype=np.uint16)) == len(text.encode())
+        assert gpt2().encoding.decode_tokens_bytes(tokens) == naive_tokens(text)
+        assert gpt2().bytes_of(np.array(tokens, dtype=np.uint16)) == len(text.encode())
 
 
 def test_bytes_of_counts_no_text_for_eot_and_refuses_ids_past_the_vocabulary():
-    assert bytes_of(np.array([[15496, EOT], [EOT, 995]])) == len("Hello world")
-    assert bytes_of(np.array([], dtype=np.int64)) == 0
+    assert gpt2().bytes_of(np.array([[15496, EOT], [EOT, 995]])) == len("Hello world")
+    assert gpt2().bytes_of(np.array([], dtype=np.int64)) == 0
     with pytest.raises(IndexError):
-        bytes_of(np.array([VOCAB_SIZE]))
+        gpt2().bytes_of(np.array([VOCAB_SIZE]))
 
 
 def test_needs_no_network_and_checks_the_asset(monkeypatch):
@@ -99,9 +103,7 @@ def test_needs_no_network_and_checks_the_asset(monkeypatch):
         raise AssertionError("opened a socket")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(tokenizer, "_byte_strings", tokenizer._byte_strings.__wrapped__)
     assert gpt2.__wrapped__().encode_ordinary("Hello world") == [15496, 995]
-    assert vocabulary_hash.__wrapped__() == vocabulary_hash()
     monkeypatch.setattr(tokenizer, "MERGES_SHA256", "0" * 64)
     with pytest.raises(RuntimeError, match=r"vocab.bpe.xz: wanted sha256 000.*got 1ce166"):
         gpt2.__wrapped__()

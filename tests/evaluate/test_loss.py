@@ -6,7 +6,7 @@ import torch
 
 from cgpt.data.loader import Loader, train_val_split
 from cgpt.data.prepare import open_corpus
-from cgpt.data.tokenizer import bytes_of
+from cgpt.data.tokenizer import gpt2
 from cgpt.evaluate.loss import held_out_loss, windows_within
 from cgpt.model.init import init_parameter
 from cgpt.stream.build import build
@@ -32,7 +32,7 @@ def test_it_is_the_mean_over_all_targets_whatever_the_batch_size(loader):
     for each in found:
         assert each.loss == pytest.approx(want, rel=1e-6)
         assert each.tokens == targets.size
-        text = bytes_of(np.concatenate(list(loader.targets())))
+        text = gpt2().bytes_of(np.concatenate(list(loader.targets())))
         assert each.bits_per_byte == pytest.approx(each.loss * each.tokens / (math.log(2) * text))
 
 

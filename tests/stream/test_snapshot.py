@@ -13,7 +13,7 @@ import pytest
 from toy import DEPTH, Plain, batches, layers
 
 from cgpt import checkpoint
-from cgpt.checkpoint import Saving
+from cgpt.saving import Saving
 from cgpt.stream.devices import CpuDevice
 from cgpt.stream.executor import Executor
 from cgpt.stream.format import Format

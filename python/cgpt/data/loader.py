@@ -23,7 +23,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from cgpt.data.shards import TokenDataset
-from cgpt.data.tokenizer import VOCAB_SIZE, bytes_of
 from cgpt.errors import InputError
 
 FEISTEL_ROUNDS = 6
@@ -190,13 +189,12 @@ class Loader:
             yield self.split.tokens(start, min(start + CHUNK_TOKENS, stop))
 
     def text_bytes(self, n_windows: int | None = None) -> int | None:
-        """UTF-8 bytes of text behind `targets(n_windows)`; None where the vocabulary is not GPT-2's.
+        """UTF-8 bytes of text behind `targets(n_windows)`; None where the vocabulary is not known.
 
         Bits per byte = mean loss in nats x number of targets / (ln 2 x this).
         """
-        if self.split.dataset.vocab_size != VOCAB_SIZE:
-            return None
-        return sum(bytes_of(chunk) for chunk in self.targets(n_windows))
+        tokenizer = self.split.dataset.tokenizer
+        return tokenizer and sum(tokenizer.bytes_of(chunk) for chunk in self.targets(n_windows))
 
 
 def unigram_loss(train: Loader, val: Loader, n_windows: int | None = None) -> float:

@@ -1,6 +1,7 @@
 """Text to token shards: read in order, tokenize in parallel, write in order, survive a kill.
 
     pieces of text --(batches of a fixed size)--> threads --(in order)--> shard-00000.bin, ...
+    all of the text first --(where asked for)--> tokenizer.json
 
 Batches and shards are cut by the text alone, so the bytes written depend neither on the number of workers
 nor on interruptions. tiktoken releases the interpreter lock while it encodes (97 % of a batch's time, EPYC
@@ -21,12 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 from cgpt.data import shards
 from cgpt.data.sources import BUILT_IN, Corpus, Piece, find, read
-from cgpt.data.tokenizer import EOT, gpt2, vocabulary_hash
+from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2
+from cgpt.data.vocabulary import check_size, learn
 from cgpt.data.writer import DTYPE, Encoded, ShardWriter, folder_for_one
 from cgpt.errors import InputError
 
@@ -41,72 +42,109 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
+    vocab_size: int | None = None,
 ) -> shards.TokenDataset:
     """Tokenize `sources` (text files, folders of them, built-in names) into the dataset folder `out`.
 
-    Each document is followed by EOT. `workers` threads encode (default: the cores this process may use).
-    `out` must be new, empty, or left by an interrupted run with the same sources, which is then finished;
-    one that holds the finished dataset of the same sources is opened. A shard closes at the first batch that
-    takes it to `shard_tokens`.
+    Each document is followed by EOT. `vocab_size` asks for a vocabulary of that many ids learnt from the sources, which
+    are then read twice (default: GPT-2's). `workers` threads encode (default: the cores this process may use).
+    `out` must be new, empty, or left by an interrupted run with the same sources and vocabulary, which is then
+    finished; one that holds the finished dataset of the same sources is opened. A shard closes at the first batch
+    that takes it to `shard_tokens`.
 
     Raises InputError for sources that are missing, empty, binary, not UTF-8, damaged, or of unknown form,
-    after which nothing is left in `out`, and for an `out` in use or holding something else. Raises OSError
-    naming the file where the disk is full or not writable; whole shards, if any, stay for the next run.
+    after which nothing is left in `out`, for an `out` in use or holding something else, and as `vocabulary.learn` does.
+    Raises OSError naming the file where the disk is full or not writable; whole shards, if any, and the vocabulary stay
+    for the next run.
     """
+    if vocab_size is not None:
+        check_size(vocab_size)
     corpora = [find(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     if not corpora:
         raise InputError(f"{out}: wanted at least one source to prepare, got none")
     out = Path(out)
-    fingerprint = _fingerprint(corpora, shard_tokens)
+    vocabulary = vocab_size or gpt2()
+    fingerprint = _fingerprint(corpora, vocabulary, shard_tokens)
     with folder_for_one(out, wait=False):
-        return _prepare_locked(corpora, out, fingerprint, workers, progress, shard_tokens)
+        return _prepare_locked(corpora, out, vocabulary, fingerprint, workers, progress, shard_tokens)
 
 
 def open_corpus(
-    name_or_path: str | Path, cache_dir: str | Path | None = None, *, progress: bool = True
+    name_or_path: str | Path,
+    cache_dir: str | Path | None = None,
+    *,
+    progress: bool = True,
+    tokenizer: Tokenizer | None = None,
 ) -> shards.TokenDataset:
     """The dataset behind what a user calls data: a built-in name, text, a prepared folder, or token files.
 
     Text is prepared on first use, in a folder of `cache_dir` (default: `cgpt` in the user's cache folder)
     keyed by the names, sizes and modification times of its files; processes that ask at once share the work
-    of one. Raises as `prepare` and `shards.open_dataset` do.
+    of one. `tokenizer` is for text only (default: GPT-2's): tokens that are ready keep their own. Raises as `prepare`
+    and `shards.open_dataset` do.
     """
-    path = Path(name_or_path)
-    if name_or_path not in BUILT_IN and path.exists() and shards.is_token_source(path):
-        return shards.open_dataset(path)
+    if _has_tokens(name_or_path):
+        return shards.open_dataset(name_or_path)
     corpus = find(name_or_path)
-    fingerprint = _fingerprint([corpus], SHARD_TOKENS)
+    vocabulary = tokenizer or gpt2()
+    fingerprint = _fingerprint([corpus], vocabulary, SHARD_TOKENS)
     cache = Path(cache_dir) if cache_dir else _user_cache()
     out = cache / f"{corpus.name}-{fingerprint[:16]}"
     if not (out / shards.MANIFEST).exists():
         with folder_for_one(out, wait=True):
-            _prepare_locked([corpus], out, fingerprint, None, progress, SHARD_TOKENS)
+            _prepare_locked([corpus], out, vocabulary, fingerprint, None, progress, SHARD_TOKENS)
     return shards.open_dataset(out)
+
+
+def own_vocab_size(name_or_path: str | Path) -> int | None:
+    """Ids of the vocabulary that this data brings along; None for all that comes in GPT-2's, text above all.
+
+    Reads the manifest alone: a model can be sized before its text is tokenized.
+    """
+    manifest = Path(name_or_path) / shards.MANIFEST
+    if not _has_tokens(name_or_path) or not manifest.exists():
+        return None
+    content = shards.read_manifest(manifest)
+    return content["vocab_size"] if TOKENIZER in content["files"] else None
+
+
+def _has_tokens(name_or_path: str | Path) -> bool:
+    path = Path(name_or_path)
+    return name_or_path not in BUILT_IN and path.exists() and shards.is_token_source(path)
 
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgpt"
 
 
-def _fingerprint(corpora: list[Corpus], shard_tokens: int) -> str:
+def _fingerprint(corpora: list[Corpus], vocabulary: Tokenizer | int, shard_tokens: int) -> str:
     """Equal where a run would write the same bytes, as far as names, sizes and times of the sources tell."""
-    settings = [shards.VERSION, vocabulary_hash(), BATCH_CHARS, shard_tokens]
+    kind = f"{vocabulary} learnt" if isinstance(vocabulary, int) else vocabulary.hash
+    settings = [shards.VERSION, kind, BATCH_CHARS, shard_tokens]
     parts = settings + [corpus.fingerprint() for corpus in corpora]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _prepare_locked(
-    corpora: list[Corpus], out: Path, fingerprint: str, workers: int | None, progress: bool, shard_tokens: int
+    corpora: list[Corpus],
+    out: Path,
+    vocabulary: Tokenizer | int,
+    fingerprint: str,
+    workers: int | None,
+    progress: bool,
+    shard_tokens: int,
 ) -> shards.TokenDataset:
+    """vocabulary: one to use, or the size of one to learn."""
     writer = ShardWriter(out, fingerprint, shard_tokens)
     if not writer.finished:
         skipped: Counter[str] = Counter()
         try:
-            _encode_all(corpora, writer, skipped, workers or len(os.sched_getaffinity(0)), progress)
+            tokenizer = _settle(vocabulary, corpora, writer, progress)
+            _encode_all(corpora, tokenizer, writer, skipped, workers or len(os.sched_getaffinity(0)), progress)
             if not writer.documents:
                 where = ", ".join(str(corpus.where) for corpus in corpora)
                 raise InputError(f"{where}: wanted text, got none (passed over: {dict(skipped) or 'nothing'})")
-            writer.finish([corpus.name for corpus in corpora], dict(sorted(skipped.items())))
+            writer.finish([corpus.name for corpus in corpora], dict(sorted(skipped.items())), tokenizer)
         except InputError:
             writer.remove()
             raise
@@ -116,10 +154,37 @@ def _prepare_locked(
     return shards.open_dataset(out, verify=False)
 
 
+def _settle(vocabulary: Tokenizer | int, corpora: list[Corpus], writer: ShardWriter, progress: bool) -> Tokenizer:
+    """The tokenizer to encode with, learnt if need be, and kept in the dataset's folder where it is not GPT-2's."""
+    if vocabulary is gpt2():
+        return vocabulary
+    if (kept := writer.vocabulary()) is not None:
+        return kept
+    if isinstance(vocabulary, int):
+        with _bar("learning", corpora, progress) as bar:
+            vocabulary = learn(_texts(corpora, bar), vocabulary)
+    writer.keep(vocabulary)
+    return vocabulary
+
+
+def _texts(corpora: list[Corpus], bar: tqdm) -> Iterator[str]:
+    finished = 0
+    for corpus in corpora:
+        for piece in read(corpus, Counter()):
+            yield piece.text
+            bar.update(finished + piece.consumed - bar.n)
+        finished += corpus.size()
+
+
 def _encode_all(
-    corpora: list[Corpus], writer: ShardWriter, skipped: Counter[str], workers: int, progress: bool
+    corpora: list[Corpus],
+    tokenizer: Tokenizer,
+    writer: ShardWriter,
+    skipped: Counter[str],
+    workers: int,
+    progress: bool,
 ) -> None:
-    with _bar(sum(corpus.size() for corpus in corpora), progress) as bar:
+    with _bar("tokenizing", corpora, progress) as bar:
         done, before, since = writer.batches, writer.tokens, time.monotonic()
 
         def to_encode() -> Iterator[tuple[int, list[Piece]]]:
@@ -132,17 +197,18 @@ def _encode_all(
                     bar.update(consumed - bar.n)
                     bar.initial = bar.n  # read past, not worked through: leave it out of the rate
 
-        for consumed, encoded in _in_order(to_encode(), workers):
+        for consumed, encoded in _in_order(to_encode(), tokenizer, workers):
             writer.add(encoded)
             rate = (writer.tokens - before) / (time.monotonic() - since)
             bar.set_postfix_str(f"{writer.tokens / 1e6:.2f}M tokens, {rate / 1e6:.2f}M tokens/s", refresh=False)
             bar.update(consumed - bar.n)
 
 
-def _bar(total: int, progress: bool) -> tqdm:
+def _bar(doing: str, corpora: list[Corpus], progress: bool) -> tqdm:
     """Bytes of source read, time left, tokens per second; a line every ten seconds where nobody watches."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not progress, mininterval=interval)
+    total = sum(corpus.size() for corpus in corpora)
+    return tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not progress, mininterval=interval)
 
 
 def _batches(corpora: list[Corpus], skipped: Counter[str], size: int) -> Iterator[tuple[int, list[Piece]]]:
@@ -161,14 +227,16 @@ def _batches(corpora: list[Corpus], skipped: Counter[str], size: int) -> Iterato
         yield finished, pieces
 
 
-def _in_order(batches: Iterator[tuple[int, list[Piece]]], workers: int) -> Iterator[tuple[int, Encoded]]:
+def _in_order(
+    batches: Iterator[tuple[int, list[Piece]]], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[int, Encoded]]:
     """Encode on `workers` threads; results in the order of `batches`, at most two per worker in memory."""
-    encoding = gpt2()  # built here once, not by every thread at the same time
+    tokenizer.encode_ordinary("")  # built here once, not by every thread at the same time
     pending: deque = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for consumed, pieces in batches:
-                pending.append((consumed, pool.submit(_encode, encoding, pieces)))
+                pending.append((consumed, pool.submit(_encode, tokenizer, pieces)))
                 if len(pending) > 2 * workers:
                     consumed, future = pending.popleft()
                     yield consumed, future.result()
@@ -179,12 +247,11 @@ def _in_order(batches: Iterator[tuple[int, list[Piece]]], workers: int) -> Itera
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _encode(encoding: tiktoken.Encoding, pieces: list[Piece]) -> Encoded:
-    end_mark = np.array([EOT], dtype=DTYPE)
+def _encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
+    end_mark = np.array([tokenizer.eot], dtype=DTYPE)
     parts, ends, length, text_bytes = [], [], 0, 0
     for text, ends_document, _ in pieces:
-        # `<|endoftext|>` written in a text is just text (tiktoken before 0.11 would not listen).
-        tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype(DTYPE)
+        tokens = tokenizer.encode_to_numpy(text).astype(DTYPE)
         parts.append(tokens)
         length += len(tokens)
         text_bytes += len(text.encode())

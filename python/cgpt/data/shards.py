@@ -2,8 +2,8 @@
 
 A prepared dataset is a folder. `shard-00000.bin`, `shard-00001.bin`, ... hold the stream as little-endian
 uint16 or uint32, `documents.idx` holds the end of each document as a little-endian int64 offset into the
-stream, and `dataset.json`, written last, holds counts, vocabulary, and size and sha256 of every file and of
-itself.
+stream, `tokenizer.json` the vocabulary where it is not GPT-2's, and `dataset.json`, written last, holds counts, the
+vocabulary's size and hash, and size and sha256 of every file and of itself.
 
 Opening always compares sizes. Checksums are compared once: a pass over the files leaves a stamp,
 `.verified`, of their sizes and times, and later openings trust files that still match it. A folder that
@@ -21,6 +21,7 @@ the places of EOT.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cgpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_hash
+from cgpt.data.tokenizer import EOT, TOKENIZER, VOCAB_SIZE, Tokenizer, gpt2, read_tokenizer
 from cgpt.errors import InputError
 from cgpt.files import read_signed_json, sha256_of, write_atomically
 
@@ -50,6 +51,7 @@ class TokenDataset:
     document_ends: (n_documents,) int64, ascending; document i is [document_ends[i - 1], document_ends[i]).
     text_bytes: UTF-8 bytes of the documents' text, None where the source does not say.
     validation_start: where the source's own validation tokens begin, None where it has no split.
+    vocabulary: the `tokenizer.json` of its tokens, None where they are GPT-2's or not ours to know.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TokenDataset:
         eot: int = EOT,
         text_bytes: int | None = None,
         validation_start: int | None = None,
+        vocabulary: Path | None = None,
         info: dict | None = None,
     ):
         self.name = name
@@ -70,6 +73,7 @@ class TokenDataset:
         self.eot = eot
         self.text_bytes = text_bytes
         self.validation_start = validation_start
+        self.vocabulary = vocabulary
         self.info = info or {}
         self._arrays = list(arrays)
         self._starts = np.cumsum([0] + [len(array) for array in arrays])
@@ -85,6 +89,14 @@ class TokenDataset:
     @property
     def dtype(self) -> np.dtype:
         return self._arrays[0].dtype
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """What the ids mean; None for foreign token files that are not GPT-2's. Raises InputError where the file
+        that says it is gone or altered."""
+        if self.vocabulary is not None:
+            return read_tokenizer(self.vocabulary, self.info.get("vocabulary_hash"))
+        return gpt2() if (self.vocab_size, self.eot) == (VOCAB_SIZE, EOT) else None
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """ids [start, stop), (stop - start,) of `dtype`; a view where one file holds them all.
@@ -151,14 +163,16 @@ def expect(path: Path, what: str, wanted: object, got: object) -> None:
 
 def _open_prepared(folder: Path, verify: bool) -> TokenDataset:
     manifest = read_manifest(folder / MANIFEST)
-    expect(folder / MANIFEST, "vocabulary", vocabulary_hash(), manifest["vocabulary_hash"])
+    own = folder / TOKENIZER if TOKENIZER in manifest["files"] else None
+    if own is None:
+        expect(folder / MANIFEST, "vocabulary", gpt2().hash, manifest["vocabulary_hash"])
     for name, wanted in manifest["files"].items():
         path = folder / name
         expect(path, "size in bytes", wanted["bytes"], path.stat().st_size if path.is_file() else "no file")
     if verify:
         _verify(folder, manifest["files"])
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    shards = [folder / name for name in manifest["files"] if name != DOCUMENTS]
+    shards = [folder / name for name in manifest["files"] if name not in (DOCUMENTS, TOKENIZER)]
     return TokenDataset(
         "+".join(manifest["corpora"]),
         [np.memmap(path, dtype=dtype, mode="r") for path in shards],
@@ -166,6 +180,7 @@ def _open_prepared(folder: Path, verify: bool) -> TokenDataset:
         vocab_size=manifest["vocab_size"],
         eot=manifest["eot"],
         text_bytes=manifest["text_bytes"],
+        vocabulary=own,
         info=manifest,
     )
 

@@ -26,11 +26,11 @@ from cgpt.data.shards import (
     expect,
     read_manifest,
 )
-from cgpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_hash
+from cgpt.data.tokenizer import TOKENIZER, Tokenizer, read_tokenizer
 from cgpt.errors import InputError
-from cgpt.files import naming, sha256_of, sync_folder, write_signed_json
+from cgpt.files import naming, sha256_of, sync_folder, write_atomically, write_signed_json
 
-DTYPE = np.dtype("<u2")  # every GPT-2 id fits
+DTYPE = np.dtype("<u2")  # every id of GPT-2's fits, and of vocabulary.py's
 LOCK = "prepare.lock"
 
 
@@ -63,7 +63,8 @@ class ShardWriter:
             manifest = read_manifest(out / MANIFEST)
             if manifest["source_fingerprint"] != fingerprint:
                 held = f"{'+'.join(manifest['corpora'])}, {manifest['tokens']} tokens"
-                raise InputError(f"{out}: wanted a new or empty folder, got the dataset of other sources ({held})")
+                got = f"got the dataset of other sources ({held}) or another vocabulary ({manifest['vocab_size']})"
+                raise InputError(f"{out}: wanted a new or empty folder, {got}")
             (out / UNFINISHED).unlink(missing_ok=True)
         elif (out / UNFINISHED).exists():
             self._go_on()
@@ -81,7 +82,7 @@ class ShardWriter:
         state = read_manifest(self._out / UNFINISHED)
         if state["source_fingerprint"] != self._fingerprint:
             wanted = "wanted the sources of the unfinished dataset there"
-            raise InputError(f"{self._out}: {wanted}, got others, or changed ones: delete it to start anew")
+            raise InputError(f"{self._out}: {wanted}, got others, changed ones, or another vocabulary: delete it")
         self._files = state["files"]
         for name, file in self._files.items():
             path = self._out / name
@@ -89,6 +90,21 @@ class ShardWriter:
         self.batches, self.tokens = state["batches"], state["tokens"]
         self.documents, self.text_bytes = state["documents"], state["text_bytes"]
         self._drop_shard()
+
+    def vocabulary(self) -> Tokenizer | None:
+        """What an earlier writer, or `keep`, wrote. None where nobody has."""
+        if TOKENIZER not in self._files:
+            return None
+        path = self._out / TOKENIZER
+        expect(path, "sha256", self._files[TOKENIZER]["sha256"], sha256_of(path))
+        return read_tokenizer(path)
+
+    def keep(self, vocabulary: Tokenizer) -> None:
+        """Write `tokenizer.json`, before the first batch: from here on a run that goes on finds it."""
+        path = self._out / TOKENIZER
+        write_atomically(path, vocabulary.file)
+        self._files[TOKENIZER] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        self._record()
 
     def add(self, batch: Encoded) -> None:
         """Append one batch; closes the shard where it has reached `shard_tokens`."""
@@ -107,7 +123,7 @@ class ShardWriter:
         if self._shard_length >= self.shard_tokens:
             self._close_shard()
 
-    def finish(self, corpora: list[str], skipped: dict[str, int]) -> None:
+    def finish(self, corpora: list[str], skipped: dict[str, int], tokenizer: Tokenizer) -> None:
         """Close the last shard and write `dataset.json`: from here on the folder is a dataset."""
         if self._shard is not None:
             self._close_shard()
@@ -120,9 +136,9 @@ class ShardWriter:
             "text_bytes": self.text_bytes,
             "skipped": skipped,
             "dtype": DTYPE.name,
-            "eot": EOT,
-            "vocab_size": VOCAB_SIZE,
-            "vocabulary_hash": vocabulary_hash(),
+            "eot": tokenizer.eot,
+            "vocab_size": tokenizer.n_vocab,
+            "vocabulary_hash": tokenizer.hash,
             "source_fingerprint": self._fingerprint,
             "files": {
                 **self._files,
@@ -134,7 +150,7 @@ class ShardWriter:
         (self._out / UNFINISHED).unlink()
 
     def abandon(self) -> None:
-        """Throw away the shard in hand. Whole shards stay for the next run; without any, nothing stays."""
+        """Throw away the shard in hand. Whole shards and a vocabulary stay for the next run; without any, nothing."""
         # What counts is what reached the disk: the fault may lie on either side of the last record's rename.
         record = self._out / UNFINISHED
         self._files = read_manifest(record)["files"] if record.exists() else {}
@@ -146,11 +162,11 @@ class ShardWriter:
     def remove(self) -> None:
         """Throw away all that this writer and those before it left in `out`."""
         self._drop_shard()
-        for name in [*self._files, DOCUMENTS, UNFINISHED, MANIFEST, STAMP]:
+        for name in [*self._files, TOKENIZER, DOCUMENTS, UNFINISHED, MANIFEST, STAMP]:
             (self._out / name).unlink(missing_ok=True)
 
     def _open_shard(self) -> None:
-        self._shard_name = f"shard-{len(self._files):05d}.bin"
+        self._shard_name = f"shard-{len(self._files.keys() - {TOKENIZER}):05d}.bin"
         self._shard_path = self._out / (self._shard_name + ".tmp")
         self._shard_length = 0
         self._digest = hashlib.sha256()

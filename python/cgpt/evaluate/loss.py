@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cgpt.checkpoint import open_trained
+from cgpt.checkpoint import open_tokenizer, open_trained
 from cgpt.data.loader import Loader, Split, train_val_split
 from cgpt.data.prepare import open_corpus
 from cgpt.data.shards import TokenDataset
@@ -77,18 +77,23 @@ def evaluate_run(
 ) -> dict:
     """A trained run's loss: on the held-out split of its own data, on the whole of any other.
 
-    room, say: as for open_trained. Raises InputError for a run without a whole checkpoint, for a model that has no
-    place in `room`, for bad data, and for counts below 1.
+    room, say: as for open_trained. Text is read in the run's vocabulary. Raises InputError for a run without a whole
+    checkpoint, for a model that has no place in `room`, for bad data, tokens of another vocabulary among it, and for
+    counts below 1.
     """
     for flag, value in (("--tokens", tokens), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise InputError(f"{flag}: wanted at least 1, got {value}")
     recipe, identity, _, store = open_trained(run, room, batch_size, MOST_BATCHES, say)
-    dataset = open_corpus(data or recipe.data, progress=progress)
+    tokenizer = open_tokenizer(run, identity)
+    dataset = open_corpus(data or recipe.data, progress=progress, tokenizer=tokenizer)
     if identity_of(dataset) == identity:
         split, told = train_val_split(dataset, recipe.seq_len)[1], "held-out split"
     elif data is None:
         raise InputError(f"{recipe.data}: wanted the run's data, {identity}, got {identity_of(dataset)}")
+    elif dataset.tokenizer is not None and dataset.tokenizer.hash != tokenizer.hash:
+        wanted = f"wanted text, or tokens of the run's vocabulary of {tokenizer.n_vocab}"
+        raise InputError(f"{data}: {wanted}, got tokens of another, of {dataset.vocab_size}")
     else:
         split, told = Split(dataset, "all", "whole", [0], [dataset.n_tokens]), "all of it"
     with contextlib.closing(store):
@@ -97,5 +102,9 @@ def evaluate_run(
 
 
 def identity_of(dataset: TokenDataset) -> dict:
-    """What tells one corpus from another when a run is resumed or evaluated."""
-    return {"name": dataset.name, "tokens": dataset.n_tokens, "documents": dataset.n_documents}
+    """What tells one corpus from another when a run is resumed or evaluated.
+
+    vocabulary: its hash, where it is not GPT-2's.
+    """
+    identity = {"name": dataset.name, "tokens": dataset.n_tokens, "documents": dataset.n_documents}
+    return identity if dataset.vocabulary is None else {**identity, "vocabulary": dataset.tokenizer.hash}

@@ -1,5 +1,5 @@
 """What devices, links and drives are good for, in numbers, each with its source. Rates are assumptions until measured:
-a run prints its own beside them.
+a run prints its own beside them. Prices are rents, and differ twofold between those who ask them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Hardware:
     """peak: dense bf16 FLOP/s. sustained: the share of it that a training step's products reach. memory: bytes of the
-    device. bandwidth: of that memory, bytes/s. link: its name in LINKS. host: DRAM bytes/s left for AdamW. source."""
+    device. bandwidth: of that memory, bytes/s. link: its name in LINKS. host: DRAM bytes/s left for AdamW. watts: of
+    the board at full load. usd: rent of an hour. source; cost_source: of watts and usd."""
 
     name: str
     peak: float
@@ -20,35 +21,44 @@ class Hardware:
     link: str
     host: float
     source: str
+    watts: float
+    usd: float
+    cost_source: str
 
 
 SERVER_DRAM = 150e9  # eight channels of DDR5-4800 are 307 GB/s; two thirds usable, less 50 GB/s that the link takes
 DESKTOP_DRAM = 60e9  # two channels of DDR5-5600 are 90 GB/s, two thirds of it usable
 
 LLMQ = "LLMQ's H100x1 benchmark: 54.6 % with 14B parameters in bf16 and state on the host"
+RENT = "on demand from specialised clouds, May 2026 (mercatus-ai.com, cloud GPU pricing)"
 
 DEVICES = {
     "h100": Hardware(
         "NVIDIA H100 SXM", 989.4e12, 0.55, 80e9, 3.35e12, "gen5", SERVER_DRAM,
         f"peak, memory: NVIDIA H100 datasheet, dense; sustained: {LLMQ}",
+        700, 3.0, f"watts: NVIDIA H100 datasheet; rent: $2.50 to 3.50 {RENT}",
     ),
     "h200": Hardware(
         "NVIDIA H200 SXM", 989.4e12, 0.55, 141e9, 4.8e12, "gen5", SERVER_DRAM,
         f"peak, memory: NVIDIA H200 datasheet, dense; sustained as on the H100: {LLMQ}",
+        700, 4.0, f"watts: NVIDIA H200 datasheet; rent: $3.50 to 4.50 {RENT}",
     ),
     "a100-80gb": Hardware(
         "NVIDIA A100 80 GB SXM", 312e12, 0.55, 80e9, 2.039e12, "gen4", 100e9,
         "peak, memory: NVIDIA A100 datasheet, dense; sustained: assumed as on the H100; DRAM: eight channels of "
         "DDR4-3200 are 205 GB/s",
+        400, 1.3, f"watts: NVIDIA A100 datasheet; rent: $1.10 to 1.50 {RENT}",
     ),
     "rtx-4090": Hardware(
         "NVIDIA GeForce RTX 4090", 165.2e12, 0.7, 24e9, 1.008e12, "gen4", DESKTOP_DRAM,
         "peak, memory: NVIDIA Ada whitepaper, bf16 with fp32 sums; sustained: LLMQ's 4090 benchmark, 70 % at 14B",
+        450, 0.5, "watts: NVIDIA Ada whitepaper; rent: assumed, as marketplaces ask $0.35 to 0.70",
     ),
     "cpu": Hardware(
         "two CPU cores", 0.38e12, 0.5, 8e9, 10e9, "copy", 10e9,
         "peak: two AVX-512 units a core at 3 GHz in fp32; memory: a budget, not a device; bandwidth: AdamW measured at "
         "8 to 10 GB/s on such a machine",
+        15, 0.1, "watts: assumed, two of 96 cores of a 400 W processor and memory; rent: assumed, of two cores",
     ),
 }  # fmt: skip
 

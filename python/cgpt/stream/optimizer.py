@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from cgpt.errors import InputError
+from cgpt.errors import Diverged
 from cgpt.stream.gradients import Gradients
 from cgpt.stream.record import Group, Record, parameter_view
 from cgpt.stream.store import Store, Update
@@ -75,7 +75,7 @@ class AdamW:
         The clip is exact and known here, so nothing waits for it: records on the device are updated now, the others
         on the optimizer's lane, layer by layer just ahead of the next walk that gathers them.
 
-        Raises InputError after MOST_SKIPS skipped in a row: that run learns nothing.
+        Raises Diverged after MOST_SKIPS skipped in a row: that run learns nothing.
         """
         if not math.isfinite(gradients.norm):
             self.skipped += 1
@@ -84,9 +84,7 @@ class AdamW:
             if self.dynamic:
                 self.loss_scale /= 2
             if self.skipped_in_a_row == MOST_SKIPS:
-                raise InputError(
-                    f"gradients: wanted a finite norm, got {gradients.norm} in {MOST_SKIPS} steps in a row"
-                )
+                raise Diverged(f"gradients: wanted a finite norm, got {gradients.norm} in {MOST_SKIPS} steps in a row")
             return False
         self.skipped_in_a_row = 0
         norm = gradients.norm / self.loss_scale

@@ -1,0 +1,1 @@
+"""Many small runs that answer one question: sweeps, ablations, coordinate checks."""
