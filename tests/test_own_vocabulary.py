@@ -115,7 +115,9 @@ def test_eval_reads_text_in_the_runs_vocabulary(here, capsys):
 
 
 def test_a_resumed_run_keeps_its_vocabulary(here, capsys, monkeypatch):
-    whole = train.train(TrainConfig("nano", "own", steps=6, eval_tokens=160, checkpoint_every=3, out=here / "whole"))
+    whole = train.train(
+        TrainConfig(model="nano", data="own", steps=6, eval_tokens=160, checkpoint_every=3, out=here / "whole")
+    )
     one_step = train.one_step
 
     def stopped(run):

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,13 +36,14 @@ from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2, read_tokenizer
 from cgpt.errors import InputError
 from cgpt.files import read_signed_json, sha256_of, sync_folder, write_signed_json
 from cgpt.model.gpt import GPT
-from cgpt.stream.build import build
+from cgpt.stream.build import build, check_device
 from cgpt.stream.format import MOMENTS
 from cgpt.stream.record import Record
 from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store
 
 if TYPE_CHECKING:
+    from cgpt.placing import Room
     from cgpt.recipe import Recipe
 
 FORMAT = 1
@@ -119,14 +120,41 @@ def newest(folder: Path) -> tuple[Path, dict, list[str]]:
     raise InputError(f"{folder}: wanted a checkpoint, got none")
 
 
-def open_trained(run: Path, device: str = "cpu") -> tuple[Recipe, dict, GPT, Store]:
-    """A run's (recipe, identity of its data, model, store) for reading: weights of its newest whole checkpoint."""
-    from cgpt.recipe import read_config  # which needs tyro; saving a model that streams does not
+def open_trained(
+    run: Path,
+    room: Room | None = None,
+    sequences: int = 1,
+    batches: int = 1,
+    say: Callable[[str], None] | None = None,
+) -> tuple[Recipe, dict, GPT, Store]:
+    """A run's (recipe, identity of its data, model, store) for reading: weights of its newest whole checkpoint.
 
+    They live on the device where they fit in `room` (default: all that a CPU has free) beside the forward of
+    `sequences`, else where there is room; `batches`: the most that a walk then takes through a layer; `say` is
+    told where they live. A model that streams is run by an Executor. The caller closes the store. Raises InputError,
+    with both numbers, where no placement fits, before the checkpoint is read, which takes a few MB beside it.
+    """
+    from cgpt.placing import (  # which need tyro; saving a model that streams does not
+        Room,
+        describe_reading,
+        place_reading,
+    )
+    from cgpt.recipe import read_config
+
+    room = room or Room()
     recipe, identity = read_config(run)
+    check_device(room.device)
+    placement = place_reading(recipe, room, sequences, batches).placement
     path, manifest, _ = newest(run / CHECKPOINTS)
-    model, store = build(recipe.shape, replace(recipe.format, training=False), device)
-    load(path, store, manifest)
+    format = replace(recipe.format, training=False)
+    model, store = build(recipe.shape, format, room.device, placement=placement, disk=room.disk)
+    try:
+        if say is not None and placement.streams:
+            say(describe_reading(store))
+        load(path, store, manifest)
+    except BaseException:
+        store.close()
+        raise
     return recipe, identity, model, store
 
 

@@ -26,50 +26,8 @@ import tyro
 from cgpt.errors import InputError
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.plan_flags import Plan
-from cgpt.train_flags import Int, Switch, Text, TrainConfig
-
-Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Loss of a trained run on held-out text, in nats per token and bits per byte."""
-
-    run: Run
-    """A run folder, as `cgpt train` leaves it."""
-    data: Text = None
-    """As for train. The run's own data gives its held-out split, any other is read whole (default: the run's own)."""
-    tokens: Int = None
-    """Read at most this many (default: all)."""
-    batch_size: int = 8
-    """Sequences at once."""
-    device: Device = "cpu"
-    """Where to compute."""
-    json: Switch = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Text from a trained run, printed as it comes."""
-
-    run: Run
-    """A run folder, as `cgpt train` leaves it."""
-    prompt: str = "\n"
-    """The text to go on from."""
-    max_tokens: int = 128
-    """Tokens to add, at most."""
-    temperature: float = 0.8
-    """0 always takes the most probable token."""
-    top_k: int = 50
-    """Draw among this many, 0 for all."""
-    top_p: float = 1.0
-    """Draw among the fewest that hold this much probability."""
-    seed: int = 0
-    """Of the draws."""
-    device: Device = "cpu"
-    """Where to compute."""
+from cgpt.read_flags import Eval, Generate
+from cgpt.train_flags import Int, Switch, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -288,8 +246,10 @@ def _eval(command: Eval) -> None:
     from cgpt.console import interactive
     from cgpt.evaluate.loss import evaluate_run
 
-    bar = interactive()
-    found = evaluate_run(command.run, command.data, command.tokens, command.batch_size, command.device, progress=bar)
+    bar, room = interactive(), command.room()
+    found = evaluate_run(
+        command.run, command.data, command.tokens, command.batch_size, room, progress=bar, say=_say_placed
+    )
     if command.json:
         print(json.dumps(found))
         return
@@ -302,18 +262,25 @@ def _eval(command: Eval) -> None:
 def _generate(command: Generate) -> None:
     from cgpt.checkpoint import open_tokenizer, open_trained
     from cgpt.evaluate.generate import generate
+    from cgpt.stream.executor import Executor
 
-    _, identity, model, _ = open_trained(command.run, command.device)
+    _, identity, model, store = open_trained(command.run, command.room(), say=_say_placed)
+    walk = Executor(store) if store.placement.streams else None
     tokenizer = open_tokenizer(command.run, identity)
     eot = tokenizer.eot
     ids = tokenizer.encode_ordinary(command.prompt) or [eot]
     found = generate(
-        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot=eot
+        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot, walk
     )
     print(command.prompt, end="", flush=True)
     for text in tokenizer.stream(found):
         print(text, end="", flush=True)
     print()
+
+
+def _say_placed(where: str) -> None:
+    """On stderr: stdout is for the result."""
+    print(f"placed   {where}", file=sys.stderr, flush=True)
 
 
 def _prepare(command: Prepare) -> None:

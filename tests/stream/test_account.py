@@ -103,6 +103,20 @@ def test_the_arithmetic_of_a_wide_layer_outweighs_the_logits():
     assert found.workspace["working"] == (KEPT + BACKWARD) * (1 << 16) * 512 * 2 > HEAD_BYTES
 
 
+def test_weights_that_are_only_read():
+    everywhere = Placement(("device", "host", "disk"), ("device", "host", "disk"), (True,) * 3, micro_batches=3)
+    found = account(PLANS, everywhere, Format(training=False), 16, 8)
+    between = 16 * 8 * 2
+    assert found.workspace == {"flow": 4 * between, "working": HEAD_BYTES + 2 * between}
+    assert found.device_parts == {"weights": 64 * 2, "slots": 2 * 128 * 2, **found.workspace}
+    assert found.host_parts == {"weights": 128 * 2, "staging": 2 * 4096}
+    assert found.disk == 2 * 4096
+    # on a CPU torch's memory is the host's
+    beside = account(PLANS, everywhere, Format(training=False), 16, 8, "host")
+    assert beside.device == beside.needs.device == found.needs.device
+    assert beside.host == found.needs.host + sum(found.workspace.values())
+
+
 @pytest.mark.parametrize(("format", "told"), [
     ({"precision": "int4"}, "precision: wanted one of bf16, fp16, fp32, got int4"),
     ({"moments": "fp16"}, "moments: wanted one of fp32, bf16, got fp16"),

@@ -10,6 +10,7 @@ from cgpt.stream.account import account
 from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.limits import Budgets
+from cgpt.stream.placement import TIERS
 from cgpt.stream.planner import DoesNotFit, Setting, place
 
 PLANS = gpt_plans(GPTConfig(n_layer=8, n_head=2, d_model=64, d_head=32, d_ff=256, vocab_size=1000, seq_len=32))
@@ -21,6 +22,7 @@ SETTINGS = [
     Setting(Format("fp16"), 32, 64, micro_batches=2),
     Setting(Format("fp32"), 64, 64, visits=2, beside="host"),
 ]
+READING = [Setting(Format(training=False), 64, 64), Setting(Format("fp32", training=False), 16, 64, beside="host")]
 
 
 def taken(placement, setting):
@@ -52,7 +54,7 @@ def check(placement, setting, budgets):
     return found
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS + READING)
 def test_with_plenty_everything_is_resident(setting):
     placement = place(PLANS, Budgets(PLENTY, PLENTY), setting)
     assert set(placement.weights) == set(placement.state) == {"device"}
@@ -114,8 +116,8 @@ def test_without_a_disk_the_host_must_hold_the_rest(setting):
 
 def test_any_budgets_are_kept_or_refused_with_what_would_do():
     draw, outcomes = random.Random(0), {"placed": 0, "device": 0, "host": 0}
-    for _ in range(150):
-        setting = draw.choice(SETTINGS)
+    for _ in range(200):
+        setting = draw.choice(SETTINGS + READING)
         low = least("device", setting)
         budgets = Budgets(
             int(low * draw.uniform(0.9, 1.1)), int(draw.uniform(0, 3e7)), draw.choice([0, 0, 10**6, 10**7, PLENTY])
@@ -153,3 +155,45 @@ def test_activations_go_to_the_host_when_the_device_has_no_room():
     assert placement.activations == "host"
     assert placement.boundary == 4096 * 64 * 2
     assert place(PLANS, Budgets(2 * device, PLENTY), setting).activations == "device"
+
+
+@pytest.mark.parametrize("setting", READING)
+def test_what_is_only_read_lives_in_one_place_from_the_device_to_the_disk(setting):
+    full = taken(place(PLANS, Budgets(PLENTY, PLENTY), setting), setting)
+    on_device = set()
+    for device in sweep(least("device", setting), full.device):
+        budgets = Budgets(device, PLENTY)
+        placement = place(PLANS, budgets, setting)
+        check(placement, setting, budgets)
+        assert placement.weights == placement.state
+        on_device.add(placement.state.count("device"))
+    assert on_device == {*range(N - 3), N}  # two slots take what the last two blocks do; the head owns next to nothing
+
+    device, host = least("device", setting), full.needs.device + full.host
+    low, disks = least("host", setting, device=device, disk=PLENTY), set()
+    for budget in sweep(low, host):
+        budgets = Budgets(device, budget, PLENTY)
+        placement = place(PLANS, budgets, setting)
+        found = check(placement, setting, budgets)
+        assert placement.weights == placement.state == tuple(sorted(placement.state, key=TIERS.index))
+        further = placement.state.index("disk") if "disk" in placement.state else N
+        nearer = replace(placement, state=(*placement.state[:further], "host", *placement.state[further + 1 :]))
+        nearer = replace(nearer, weights=nearer.state)
+        assert "disk" not in placement.state or taken(nearer, setting).host > budget
+        held = sum(p.owned.size for p, at in zip(PLANS, placement.state, strict=True) if at == "host")
+        assert found.needs.host == held * setting.format.working + 2 * found.needs.fetching
+        disks.add(placement.state.count("disk"))
+    assert disks == {0, *range(4, N + 1)}  # the head and two blocks take no more than two buffers
+
+
+@pytest.mark.parametrize("setting", READING)
+def test_a_disk_too_small_for_all_of_it_is_used_as_far_as_it_goes(setting):
+    device = least("device", setting)
+    everything = taken(place(PLANS, Budgets(device, PLENTY), setting), setting)
+    whole = taken(
+        place(PLANS, Budgets(device, least("host", setting, device=device, disk=PLENTY), PLENTY), setting), setting
+    )
+    budgets = Budgets(device, everything.host - 1, whole.disk // 2)
+    placement = place(PLANS, budgets, setting)
+    check(placement, setting, budgets)
+    assert 0 < placement.state.count("disk") < N // 2 + 1

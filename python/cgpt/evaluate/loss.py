@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +17,11 @@ from cgpt.data.shards import TokenDataset
 from cgpt.errors import InputError
 from cgpt.metrics import bits_per_byte
 from cgpt.stream.executor import Batch, Executor
+
+if TYPE_CHECKING:
+    from cgpt.placing import Room
+
+MOST_BATCHES = 64  # a walk, of a model that streams: what crosses to the device serves them all
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,20 @@ def windows_within(loader: Loader, tokens: int | None) -> int:
 
 
 def held_out_loss(executor: Executor, loader: Loader, batch_size: int, max_tokens: int | None = None) -> HeldOut:
-    """Evaluates the first windows of `loader`, `batch_size` at a time; the same windows at every call."""
+    """Evaluates the first windows of `loader`, `batch_size` at a time; the same windows at every call.
+
+    A walk takes as many batches through a layer as the store's placement has micro-batches a visit, which changes no
+    bit of the loss and divides what crosses to the device.
+    """
     n_windows = windows_within(loader, max_tokens)
+    batches = [(start, min(batch_size, n_windows - start)) for start in range(0, n_windows, batch_size)]
+    at_once = executor.store.placement.micro_batches
     total = 0.0
-    for start in range(0, n_windows, batch_size):
-        n = min(batch_size, n_windows - start)
-        total += n * executor.loss([to_device(loader.batch(start, n), executor.store.device)])
+    for first in range(0, len(batches), at_once):
+        visit = batches[first : first + at_once]
+        losses = executor.losses([to_device(loader.batch(*span), executor.store.device) for span in visit])
+        for (_, n), loss in zip(visit, losses, strict=True):
+            total += n * loss
     loss, tokens = total / n_windows, n_windows * loader.seq_len
     return HeldOut(loss, tokens, bits_per_byte(loss, tokens, loader.text_bytes(n_windows)))
 
@@ -50,17 +66,25 @@ def to_device(arrays, device: torch.device) -> Batch:
 
 
 def evaluate_run(
-    run: Path, data: str | None, tokens: int | None, batch_size: int, device: str, *, progress: bool = False
+    run: Path,
+    data: str | None,
+    tokens: int | None,
+    batch_size: int,
+    room: Room | None = None,
+    *,
+    progress: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> dict:
     """A trained run's loss: on the held-out split of its own data, on the whole of any other.
 
-    Text is read in the run's vocabulary. Raises InputError for a run without a whole checkpoint, for bad data, tokens
-    of another vocabulary among it, and for counts below 1.
+    room, say: as for open_trained. Text is read in the run's vocabulary. Raises InputError for a run without a whole
+    checkpoint, for a model that has no place in `room`, for bad data, tokens of another vocabulary among it, and for
+    counts below 1.
     """
     for flag, value in (("--tokens", tokens), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise InputError(f"{flag}: wanted at least 1, got {value}")
-    recipe, identity, _, store = open_trained(run, device)
+    recipe, identity, _, store = open_trained(run, room, batch_size, MOST_BATCHES, say)
     tokenizer = open_tokenizer(run, identity)
     dataset = open_corpus(data or recipe.data, progress=progress, tokenizer=tokenizer)
     if identity_of(dataset) == identity:
@@ -72,7 +96,8 @@ def evaluate_run(
         raise InputError(f"{data}: {wanted}, got tokens of another, of {dataset.vocab_size}")
     else:
         split, told = Split(dataset, "all", "whole", [0], [dataset.n_tokens]), "all of it"
-    found = held_out_loss(Executor(store), Loader(split, recipe.seq_len), batch_size, tokens)
+    with contextlib.closing(store):
+        found = held_out_loss(Executor(store), Loader(split, recipe.seq_len), batch_size, tokens)
     return {"data": dataset.name, "split": told, **asdict(found)}
 
 

@@ -5,6 +5,8 @@ workspace    flow        activations between layers on their way, and their grad
              kept        activations of layers that are not recomputed
              working     one layer's arithmetic for one micro-batch
              gradients   of the layers in flight, of the device's own layers, and of parameters that several read
+
+A run that only reads its weights has a flow and a layer's working memory: one forward, which keeps nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ ALIGN = 128  # bytes; of everything in an arena
 @dataclass(frozen=True)
 class Account:
     """What a placement takes. needs: exact; workspace: by part, estimated; beside: the tier that workspace is of, the
-    host where the device is but a stretch of its memory."""
+    host where the device is but a stretch of its memory. training: whether records hold more than weights."""
 
     needs: Needs
     workspace: dict[str, int]
     beside: str = "device"
+    training: bool = True
 
     @property
     def device(self) -> int:
@@ -50,7 +53,7 @@ class Account:
     def device_parts(self) -> dict[str, int]:
         need = self.needs
         parts = {"state": need.records_device, "weights": need.kept, "slots": SLOTS * need.slot, "ring": need.ring}
-        return _present(parts | self._workspace("device"))
+        return _present(self._named(parts) | self._workspace("device"))
 
     @property
     def host_parts(self) -> dict[str, int]:
@@ -64,7 +67,14 @@ class Account:
             "checkpoint": need.saving + need.aside,
         }
         workspace = self._workspace("host")
-        return _present(parts | {f"{name} (torch)": size for name, size in workspace.items()})
+        return _present(self._named(parts) | {f"{name} (torch)": size for name, size in workspace.items()})
+
+    def _named(self, parts: dict[str, int]) -> dict[str, int]:
+        """The same parts, records called weights where they are nothing else."""
+        if self.training:
+            return parts
+        weights = parts["state"] + parts["weights"]
+        return {"weights": weights} | {name: size for name, size in parts.items() if name not in ("state", "weights")}
 
     def _workspace(self, tier: str) -> dict[str, int]:
         return self.workspace if tier == self.beside else {}
@@ -79,11 +89,12 @@ def account(
     beside: str = "device",
 ) -> Account:
     """Of a run whose micro-batches have so many tokens, with activations `width` wide between layers."""
-    return Account(
-        needs(plans, placement, format),
-        _workspace(plans, placement, format.working, boundary_bytes(format, micro_batch_tokens, width)),
-        beside,
-    )
+    between = boundary_bytes(format, micro_batch_tokens, width)
+    if format.training:
+        workspace = _workspace(plans, placement, format.working, between)
+    else:
+        workspace = _workspace_of_reading(placement, between)
+    return Account(needs(plans, placement, format), workspace, beside, format.training)
 
 
 def boundary_bytes(format: Format, micro_batch_tokens: int, width: int) -> int:
@@ -107,6 +118,14 @@ def _workspace(plans: Sequence[LayerPlan], placement: Placement, working: int, b
         "kept": KEPT * rows * between * (len(blocks) - recomputed),
         "working": max((KEPT + BACKWARD) * between, HEAD_BYTES + 4 * between),
         "gradients": in_flight + held * sum(plan.reads.size for plan in own) + shared * summed,
+    }
+
+
+def _workspace_of_reading(placement: Placement, between: int) -> dict[str, int]:
+    """Of a forward alone. KEPT counts all that a block makes, most of which is gone before its last is made."""
+    return {
+        "flow": (placement.micro_batches + 1) * between,
+        "working": max(KEPT * between, HEAD_BYTES + 2 * between),
     }
 
 

@@ -1,7 +1,8 @@
 """Records of layers whose home is a file, and the buffers of host memory through which they come and go.
 
     staging    a record is read, updated and written back; the gradients that wait behind it on the disk come with it
-    fetching   the working weights alone, which lie first in a record, on their way to the device
+    fetching   the working weights alone, which lie first in a record, on their way to the device; where nothing is
+               trained they are the record, and these buffers are the staging ones too
     sending    gradients from the device, on their way behind the record
     saving     a record for the thread that writes a checkpoint
 
@@ -42,8 +43,9 @@ class DiskRecords:
         self.tier = DiskTier(path, wanted.disk)
         self.plans, self.lanes = plans, lanes
         self.format, self.dtype = format, dtype_of(format)
-        self._staging = _ring("staging", STAGING, wanted.staging, host)
+        staging = _ring("staging", STAGING, wanted.staging, host)
         self._fetching = _ring("fetching", SLOTS, wanted.fetching, host)
+        self._staging = staging if format.training else self._fetching
         self._sending = _ring("sending", SLOTS, wanted.sending, host)
         self._saving = host.allocate(wanted.saving)
         self._at: dict[int, int] = {}

@@ -42,6 +42,11 @@ class Executor:
         """Mean loss over the samples of `batches`, forward only and without a graph."""
         return self.lanes.number(self._whole(lambda: sum(_Walk(self, batches, _shares([batches])[0]).up())))
 
+    def losses(self, batches: Sequence[Batch]) -> list[float]:
+        """Each batch's own mean loss, the bits that `loss` gives for it alone, in one walk over the layers."""
+        shares = [1.0] * len(batches)
+        return self._whole(lambda: [self.lanes.number(loss) for loss in _Walk(self, batches, shares).up()])
+
     def logits(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, V) after the last position, by the head's `logits`; forward only."""
 

@@ -4,6 +4,8 @@ device   records at home there, working weights kept there, two slots for the re
 host     records at home there, weights before a disk, gradients, buffers of the disk, boundary activations, and for a
          checkpoint beside training room for records, and one that is read from the disk
 disk     records, and gradients of a step of one visit, each from a multiple of its blocks
+
+Of weights that are only read a record holds nothing else, so it comes and goes through the buffers that fetch weights.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, format: Format) -> N
     several = placement.visits > 1
     with_gradients = working if training and not several else 0  # beside the record on the disk
     background = placement.aside is not None and training
+    staged = on_disk if training else []
+    fetched = [plan for plan, at in on_disk if at == "disk" or not training]
     passes = 2 * placement.micro_batches if placement.activations == "host" and training else 0
     return Needs(
         records_device=sum(plan.owned.size * record for plan, home, _ in layers if home == "device"),
@@ -75,8 +79,8 @@ def needs(plans: Sequence[LayerPlan], placement: Placement, format: Format) -> N
             if training and (home == "host" or (home == "disk" and several))
         ),
         sending=max((disk_bytes(plan.owned.size * with_gradients) for plan, _ in on_disk), default=0),
-        staging=max((on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in on_disk), default=0),
-        fetching=max((disk_bytes(plan.owned.size * working) for plan, at in on_disk if at == "disk"), default=0),
+        staging=max((on_disk_bytes(plan.owned.size, record, with_gradients) for plan, _ in staged), default=0),
+        fetching=max((disk_bytes(plan.owned.size * working) for plan in fetched), default=0),
         boundaries=passes // 2 * max(0, len(plans) - 2) * placement.boundary,
         saving=max((disk_bytes(plan.owned.size * record) for plan, _ in on_disk), default=0) if background else 0,
         aside=placement.aside * typical_record(plans, record) if background else 0,

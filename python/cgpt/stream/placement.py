@@ -36,6 +36,11 @@ class Placement:
     boundary: int = 0
     aside: int | None = None
 
+    @property
+    def streams(self) -> bool:
+        """Whether any layer's home is not the device."""
+        return any(home != "device" for home in self.state)
+
     @classmethod
     def resident(cls, n_layers: int) -> Placement:
         """Everything on the device: gather and release have nothing to do."""

@@ -4,6 +4,8 @@
     host      working weights of all others, then records of the next layers
     disk      the other records, and working weights that the host has no room for
 
+Weights that are only read are their records: they live in one place alone, the host or the disk.
+
 Every kind is given to a prefix of the walk: the optimizer runs in forward order just ahead of the weights' stream, so
 the first layers are the ones that nothing has hidden yet. Between everything on the device and nothing, each layer is
 one step.
@@ -37,10 +39,11 @@ class Setting:
 
 class DoesNotFit(InputError):
     """No placement fits. limit: "device", "host" or "disk"; wanted: the least bytes of it that would do with the other
-    budgets as they are; given: the budget. disk: bytes of disk that would do instead, where some would."""
+    budgets as they are, and what for (parts); given: the budget. disk: bytes of disk that would do instead, where some
+    would."""
 
     def __init__(self, limit: str, wanted: int, given: int, parts: dict[str, int], disk: int | None = None):
-        self.limit, self.wanted, self.given, self.disk = limit, wanted, given, disk
+        self.limit, self.wanted, self.given, self.parts, self.disk = limit, wanted, given, parts, disk
         what = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
         super().__init__(
             f"{limit} memory: wanted at least {bytes_text(wanted, up=True)} ({what}), got {bytes_text(given)}"
@@ -108,10 +111,14 @@ class _Search:
     def _split(self, state: int, kept: int) -> tuple[int, int] | None:
         """(records on the host, weights there before the disk) of the layers that the device does not hold."""
         rest = len(self.plans) - state
-        for host in range(rest, -1, -1):
-            if self.fits(state, host, rest - host, kept):
-                return host, rest - host
         least = max(0, kept - state)  # weights kept on the device are renewed from the host
+        training = self.setting.format.training
+        for host in range(rest, -1, -1):
+            near = rest - host if training else max(0, least - host)
+            if self.fits(state, host, near, kept):
+                return host, near
+        if not training:
+            return None
         for host in range(rest + 1):
             near = max(0, least - host)
             if self.fits(state, host, near, kept):

@@ -20,6 +20,8 @@ from cgpt.stream.format import MOMENTS, Format
 from cgpt.stream.layout import Layout
 from cgpt_ext import _native, join_master, split_master
 
+PIECE = 1 << 20  # elements that are split at once where it cannot be done in place: 4 MB, of embeddings of 1 GB
+
 
 def dtype_of(format: Format) -> torch.dtype:
     """Of the working weights."""
@@ -81,10 +83,13 @@ class Record:
             if "low" in self.flat and working.device.type == "cpu":  # in place: an embedding's halves are large
                 _native.split_master(value.contiguous(), working, self.view("low", name))
                 return
-            high, low = split_master(value.contiguous())
-            working.copy_(high)
-            if "low" in self.flat:
-                self.view("low", name).copy_(low)
+            low = self.view("low", name).view(-1) if "low" in self.flat else None
+            flat, working = value.contiguous().view(-1), working.view(-1)
+            for start in range(0, flat.numel(), PIECE):
+                high, rest = split_master(flat[start : start + PIECE])
+                working[start : start + PIECE].copy_(high)
+                if low is not None:
+                    low[start : start + PIECE].copy_(rest)
             return
         working.copy_(value)
         if "master" in self.flat:

@@ -1,0 +1,79 @@
+"""Flags of the commands that read a trained run: eval and generate. Imports no torch, so that --help is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from cgpt.stream.limits import parse_bytes
+from cgpt.train_flags import Folder, Int, Switch, Text
+
+if TYPE_CHECKING:
+    from cgpt.placing import Room
+
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Device = Annotated[Literal["cpu", "cuda"], tyro.conf.arg(metavar="{cpu,cuda}")]
+
+
+@dataclass(frozen=True)
+class Read:
+    """Which trained run is read, and where its layers live meanwhile: on the device if all of them fit."""
+
+    run: Run
+    """A run folder, as `cgpt train` leaves it."""
+    device: Device = "cpu"
+    """Where to compute."""
+    device_memory: Text = None
+    """Of the device, as 4GiB (default: all that is free); the other layers stream from the host. On a CPU, a stretch of
+    memory that stands for a device's."""
+    host_memory: Text = None
+    """Of the host, on a CPU of the whole process (default: all that is free)."""
+    disk: Folder = None
+    """For layers that the host has no room for either; what is written there is gone at the end."""
+
+    def room(self) -> Room:
+        """The flags as placing reads them. Raises InputError for what is no size."""
+        from cgpt.placing import Room
+
+        device = self.device_memory and parse_bytes(self.device_memory, "--device-memory")
+        host = self.host_memory and parse_bytes(self.host_memory, "--host-memory")
+        return Room(self.device, device, host, self.disk and str(self.disk))
+
+
+@dataclass(frozen=True)
+class Eval(Read):
+    """Loss of a trained run on held-out text, in nats per token and bits per byte."""
+
+    data: Text = None
+    """As for train. The run's own data gives its held-out split, any other is read whole (default: the run's own)."""
+    tokens: Int = None
+    """Read at most this many (default: all)."""
+    batch_size: int = 8
+    """Sequences at once."""
+    json: Switch = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Generate(Read):
+    """Text from a trained run, printed as it comes.
+
+    Every token is one walk over all layers and the whole context. Layers that do not fit on the device cross to it once
+    a token.
+    """
+
+    prompt: str = "\n"
+    """The text to go on from."""
+    max_tokens: int = 128
+    """Tokens to add, at most."""
+    temperature: float = 0.8
+    """0 always takes the most probable token."""
+    top_k: int = 50
+    """Draw among this many, 0 for all."""
+    top_p: float = 1.0
+    """Draw among the fewest that hold this much probability."""
+    seed: int = 0
+    """Of the draws."""
