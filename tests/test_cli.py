@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import nano
-from cgpt import cli, console
+from cgpt import cli, placing
 from cgpt.data.prepare import prepare
+from cgpt.stream.limits import Limits
 from nano import start
 
 TRAIN = "train --model nano --data corpus.txt --steps 2 --eval-tokens 32 --out run".split()
@@ -63,8 +64,8 @@ def test_mistakes_are_one_line(here, capsys, argv, wanted):
 
 
 def test_a_model_past_the_memory_there_is(here, capsys, monkeypatch):
-    monkeypatch.setattr(console, "available_memory", lambda: 8 * 10**9)
-    wanted = "--model: 13B wants 207 GB for state and gradients, got 8 GB of free memory"
+    monkeypatch.setattr(placing, "limits", lambda: Limits({"memory": 8 << 30}))
+    wanted = "--model: 13B wants 195.42 GiB for state and gradients, got 8.00 GiB of free memory; --placement auto or"
     assert wanted in refused(capsys, "train", "--model", "13B")
     assert not (here / "runs").exists()
 

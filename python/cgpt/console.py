@@ -2,67 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from cgpt.errors import InputError
 from cgpt.metrics import Summary, human
 from cgpt.recipe import Recipe
 from cgpt.scaling.flops import flops_per_token, matmul_flops_per_token
+from cgpt.stream.account import Account
+from cgpt.stream.limits import bytes_text
 
 PLAIN_SECONDS = 10  # between plain lines where there is no terminal
 
-ACTIVATIONS = 13  # values a token and width kept by a block for its backward: inputs, norms, q k v, attention, MLP
-HEAD_BYTES = 128 << 20  # logits in flight
 POSITIONS = {"learned": "", "none": "not marked", "rotary": "rotary", "alibi": "ALiBi"}
 
 
-def memory_estimate(recipe: Recipe, n_params: int) -> dict[str, int]:
-    """Bytes of a resident run: state (exact), gradients, and activations of one micro-batch (estimated)."""
-    width = recipe.format.working
-    shape = recipe.shape
-    largest = max(batch for _, batch in recipe.batch_schedule)
-    micro = min(recipe.micro_batch_size, largest)
-    tied = shape.vocab_size * shape.d_model  # summed in fp32: the head's and the embedding's
-    return {
-        "state": n_params * recipe.format.record,
-        "gradients": n_params * (width if micro == largest else 4) + 4 * tied,
-        "activations": micro * recipe.seq_len * shape.n_layer * ACTIVATIONS * shape.d_model * width + HEAD_BYTES,
-    }
-
-
-def available_memory() -> int | None:
-    """Bytes this process may still take: of the machine, or of its control group if that is less. None: unknown."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        return None
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(found, default=None)
-
-
-def refuse_what_cannot_fit(recipe: Recipe, estimate: dict[str, int]) -> None:
-    """Raises InputError, with both numbers, for a run whose state and gradients exceed the memory there is."""
-    available = available_memory()
-    wanted = estimate["state"] + estimate["gradients"]
-    if recipe.device == "cpu" and available is not None and wanted > available:
-        raise InputError(
-            f"--model: {recipe.model} wants {human(wanted, 'B')} for state and gradients, "
-            f"got {human(available, 'B')} of free memory"
-        )
-
-
-def report(recipe: Recipe, n_params: int, data: str, implementations: dict[str, str], out: Path) -> None:
+def report(
+    recipe: Recipe, n_params: int, data: str, implementations: dict[str, str], account: Account, out: Path
+) -> None:
     """The start-up report, on stdout."""
-    shape, estimate = recipe.shape, memory_estimate(recipe, n_params)
+    shape = recipe.shape
     kinds: dict[str, list[str]] = {}
     for op, name in implementations.items():
         kinds.setdefault(name, []).append(op)
@@ -79,12 +40,21 @@ def report(recipe: Recipe, n_params: int, data: str, implementations: dict[str, 
         + (f"; tuned in {recipe.transfer_from}" if recipe.transfer_from else ""),
         "ops": f"{recipe.device}, {recipe.precision}; "
         + "; ".join(f"{name}: {', '.join(ops)}" for name, ops in kinds.items()),
-        "memory": ", ".join(f"{name} {human(size, 'B')}" for name, size in estimate.items())
-        + f"; about {human(sum(estimate.values()), 'B')} in all",
+        "memory": _memory(account),
         "out": str(out),
     }
     for name, text in rows.items():
         say(f"{name:8} {text}")
+
+
+def _memory(account: Account) -> str:
+    """What a run takes by part, whichever tier it is of, and in all."""
+    parts: dict[str, int] = {}
+    for name, size in (*account.device_parts.items(), *account.host_parts.items()):
+        name = name.removesuffix(" (torch)")
+        parts[name] = parts.get(name, 0) + size
+    told = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
+    return f"{told}; about {bytes_text(sum(parts.values()))} in all"
 
 
 def _variant(recipe: Recipe) -> str:

@@ -70,6 +70,7 @@ def place_run(recipe: Recipe) -> Placed:
     if recipe.placement == "resident":
         resident = replace(Placement.resident(len(plans)), aside=ASIDE, visits=count)
         found = _account(plans, resident, recipe, beside)
+        _refuse_what_cannot_fit(recipe, found)
         return Placed(resident, found, budgets)
     refused: DoesNotFit | None = None
     for rows in (1, *sorted({-(-count // visits) for visits in range(1, count + 1)}, reverse=True)):
@@ -92,6 +93,17 @@ def place_run(recipe: Recipe) -> Placed:
             roomy = Placed(aside, _account(plans, aside, recipe, beside), budgets)
             return roomy if roomy.account.host <= budgets.host else placed
     raise InputError(f"--placement: {refused}") from refused
+
+
+def _refuse_what_cannot_fit(recipe: Recipe, whole: Account) -> None:
+    """Raises InputError, with both numbers, for a resident run whose state and gradients exceed the memory there is."""
+    wanted = whole.needs.device + whole.workspace["gradients"]
+    left = limits().host if recipe.device == "cpu" else torch.cuda.mem_get_info()[0]
+    if left is not None and wanted > left:
+        raise InputError(
+            f"--model: {recipe.model} wants {bytes_text(wanted, up=True)} for state and gradients, got "
+            f"{bytes_text(left)} of free memory; --placement auto or --disk DIR streams what has no room"
+        )
 
 
 def place_reading(recipe: Recipe, room: Room, sequences: int, batches: int = 1) -> Placed:

@@ -200,7 +200,6 @@ def open_run(job: Job) -> Run:
     placed = place_run(recipe)
     if not placed.streams:  # a run that streams counts on freed memory being free
         keep_large_buffers()
-        console.refuse_what_cannot_fit(recipe, console.memory_estimate(recipe, recipe.shape.n_params))
 
     dataset = open_corpus(recipe.data, progress=console.interactive())
     train_split, val_split = train_val_split(dataset, recipe.seq_len)
@@ -243,7 +242,7 @@ def open_run(job: Job) -> Run:
             write_atomically(folder / TOKENIZER, dataset.tokenizer.file)
         told = f"{dataset.name}: {human(train_split.n_tokens)} tokens to train on, {human(val_split.n_tokens)} held out"
         told += f", vocabulary of {dataset.vocab_size:,}"
-        console.report(recipe, store.n_parameters, told, implementations, folder)
+        console.report(recipe, store.n_parameters, told, implementations, placed.account, folder)
         if placed.streams:
             console.say(f"placed   {describe(placed)}")
             console.say(f"threads  {torch.get_num_threads()} compute, {device.optimizer_threads} AdamW's on the host")
