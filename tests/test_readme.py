@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 import cgpt_ext
 from cgpt_ext import dispatch, nn, optim
 
@@ -35,3 +37,16 @@ def test_named_drop_ins_exist():
         assert f"`.{name}`" in README or f"nn.{name}" in README
         assert hasattr(nn, name)
     assert hasattr(optim, "AdamW")
+
+
+def test_every_package_is_shipped():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    folders = {"cgpt_ext": ROOT / "cgpt_ext", "cgpt": ROOT / "python" / "cgpt"}
+    there = [
+        ".".join((name, *path.parent.relative_to(folder).parts))
+        for name, folder in folders.items()
+        for path in folder.rglob("__init__.py")
+    ]
+    assert sorted(listed) == sorted(there)

@@ -25,7 +25,7 @@ import tyro
 
 from cgpt.errors import InputError
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
-from cgpt.plan_flags import Plan
+from cgpt.planning.flags import Plan
 from cgpt.read_flags import Eval, Generate
 from cgpt.train_flags import Int, Switch, TrainConfig
 
@@ -199,8 +199,8 @@ def _plan(command: Plan) -> None:
     if command.model is None and command.target is not None:
         _propose(command)
         return
-    from cgpt.plan import problem, solve
-    from cgpt.plan_report import show, to_dict
+    from cgpt.planning.memory import problem, solve
+    from cgpt.planning.memory_report import show, to_dict
 
     command.check_model()
     found = solve(problem(command.model or "13B", command.device or "h100", **command.machine))
@@ -208,9 +208,9 @@ def _plan(command: Plan) -> None:
 
 
 def _propose(command: Plan) -> None:
-    from cgpt import proposal_report
     from cgpt.fit_report import check_picture
-    from cgpt.proposal import propose, write
+    from cgpt.planning import proposal_report
+    from cgpt.planning.proposal import propose, write
 
     if command.plot:
         check_picture(command.plot)

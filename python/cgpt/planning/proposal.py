@@ -15,8 +15,8 @@ from cgpt.files import write_atomically
 from cgpt.model.config import GPTConfig
 from cgpt.model.parametrization import CEREBRAS, parametrize
 from cgpt.model.presets import GPT2_VOCAB, Preset
-from cgpt.plan import Found, problem, solve
-from cgpt.plan_flags import Plan
+from cgpt.planning.flags import Plan
+from cgpt.planning.memory import Found, problem, solve
 from cgpt.scaling.budget import Budget, Cost, cost, parse_budget
 from cgpt.scaling.flops import flops_per_token
 from cgpt.scaling.hyperparameters import Hyperparameters, hyperparameters

@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def machine(self) -> dict[str, Any]:
-        """Arguments of `cgpt.plan.problem`, but for the model and the device."""
+        """Arguments of `cgpt.planning.memory.problem`, but for the model and the device."""
         names = (
             "device_memory", "host_memory", "disk_space", "link", "sustained", "host_bandwidth", "tokens_per_step",
             "tokens_per_visit",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from cgpt.plan import Found
+from cgpt.planning.memory import Found
 from cgpt.stream.forecast import exposed_optimizer
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.hardware import DRIVE

@@ -12,7 +12,7 @@ from cgpt.files import write_atomically
 from cgpt.fit_report import check_picture
 from cgpt.metrics import human
 from cgpt.model.presets import GPT2_VOCAB
-from cgpt.proposal import Proposal, mup_settings
+from cgpt.planning.proposal import Proposal, mup_settings
 from cgpt.scaling.budget import HOUR
 from cgpt.scaling.flops import PF_DAY
 from cgpt.scaling.law_files import FittedLaw
