@@ -208,12 +208,12 @@ def _plan(command: Plan) -> None:
 
 
 def _propose(command: Plan) -> None:
-    from cgpt.fit_report import check_picture
+    from cgpt.pictures import check_plot
     from cgpt.planning import proposal_report
     from cgpt.planning.proposal import propose, write
 
     if command.plot:
-        check_picture(command.plot)
+        check_plot(command.plot)
     found = propose(command)
     print(json.dumps(proposal_report.to_dict(found), indent=1) if command.json else proposal_report.show(found))
     if command.plot:
@@ -224,11 +224,12 @@ def _propose(command: Plan) -> None:
 
 def _fit(command: Fit) -> None:
     from cgpt import fit_report
+    from cgpt.pictures import check_plot
     from cgpt.scaling.fit import fit
     from cgpt.scaling.points import read_points
 
     if command.plot:
-        fit_report.check_picture(command.plot)
+        check_plot(command.plot)
     points = read_points(command.data, curves=command.method == "envelope")
     fitted = fit(points, command.method, command.bootstrap, command.seed)
     print(json.dumps(fit_report.to_dict(fitted), indent=1) if command.json else fit_report.show(fitted))

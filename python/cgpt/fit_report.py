@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
 import numpy as np
 
-from cgpt.errors import InputError
-from cgpt.files import write_atomically
+from cgpt.pictures import blank, check_plot, plain, write
 from cgpt.scaling.fit import COEFFICIENTS, Fitted
 from cgpt.scaling.frontiers import IsoFlop, parabola
 
@@ -19,7 +17,6 @@ FORMULAS = {
     "isoflop": "best params = params_scale flops^a, best tokens = tokens_scale flops^b, from sizes at equal FLOPs",
     "parametric": "loss = E + A / params^alpha + B / tokens^beta",
 }
-PICTURES = (".png", ".svg", ".pdf")
 DECADES = 3  # beyond the points that are foretold
 FITTED, FAINT = "tab:red", "0.55"
 
@@ -83,13 +80,9 @@ def plot(fitted: Fitted, path: Path) -> Path:
 
     Raises InputError for another ending, OSError naming the file.
     """
-    check_picture(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
-
+    check_plot(path)
     panels = 1 if fitted.method == "power" else 2
-    figure = Figure(figsize=(2.5 + 4.5 * panels, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(2.5 + 4.5 * panels, 4.5)
     left, *right = np.atleast_1d(figure.subplots(1, panels))
     points = fitted.points
     low, high = _reach(fitted)
@@ -113,22 +106,10 @@ def plot(fitted: Fitted, path: Path) -> Path:
         axes.set(yscale="log", xlabel="training FLOPs", ylabel="parameters", title=told)
     for axes in (left, *right):
         axes.set_xscale("log")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
         axes.legend(frameon=False, fontsize=9)
         axes.title.set_fontsize(10)
-    data = io.BytesIO()
-    figure.savefig(data, format=path.suffix[1:])
-    write_atomically(path, data.getvalue())
-    return path
-
-
-def check_picture(path: Path) -> None:
-    """Raises InputError, naming --plot, unless `path` ends as a picture does and its folder is there."""
-    if path.suffix not in PICTURES:
-        raise InputError(f"--plot: wanted a file ending in {', '.join(PICTURES)}, got {path}")
-    if not path.parent.is_dir():
-        raise InputError(f"--plot: wanted a file in a folder that is there, got {path}")
+    return write(figure, path)
 
 
 def _predictions(fitted: Fitted) -> list[dict]:

@@ -3,14 +3,13 @@ lane of a streamed run did when."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cgpt.files import write_atomically
+from cgpt.pictures import blank, plain, write
 
 LOSS = "loss.png"
 LANES = ("compute", "down", "up", "optimizer", "read", "write")  # from the top
@@ -40,11 +39,7 @@ def smoothed(losses: np.ndarray, width: int) -> np.ndarray:
 
 def plot_loss(folder: Path, rows: list[dict], unigram_loss: float | None, title: str) -> Path:
     """Draws `rows` of metrics.jsonl into `folder`/loss.png and returns its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(8, 4.5)
     axes = figure.add_subplot()
     trained = [row for row in rows if row.get("loss") is not None]
     held_out = [row for row in rows if row.get("val_loss") is not None]
@@ -64,15 +59,11 @@ def plot_loss(folder: Path, rows: list[dict], unigram_loss: float | None, title:
     axes.set_ylabel("loss, nats per token")
     axes.set_title(title, fontsize=11)
     axes.margins(x=0.02)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes.xaxis.set_major_formatter(lambda value, _: _tokens(value))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    write_atomically(folder / LOSS, data.getvalue())
-    return folder / LOSS
+    return write(figure, folder / LOSS)
 
 
 def plot_timeline(path: Path, spans: Sequence[Any]) -> Path:
@@ -80,11 +71,7 @@ def plot_timeline(path: Path, spans: Sequence[Any]) -> Path:
 
     spans: with lane, what ("h.0 forward"), begin and end (seconds), as a Timeline keeps them.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(10, 3.5)
     axes = figure.add_subplot()
     begin = min((span.begin for span in spans), default=0.0)
     length = max((span.end for span in spans), default=1.0) - begin
@@ -116,10 +103,7 @@ def plot_timeline(path: Path, spans: Sequence[Any]) -> Path:
     axes.spines[["top", "right", "left"]].set_visible(False)
     if found:
         figure.legend(loc="outside upper center", ncols=len(found), frameon=False, fontsize=9)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    write_atomically(path, data.getvalue())
-    return path
+    return write(figure, path)
 
 
 def _kind(what: str) -> str:

@@ -14,7 +14,7 @@ from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.experiments.matrix import Cell, Outcome, run_matrix
 from cgpt.experiments.sweep import Grid
 from cgpt.files import write_atomically
-from cgpt.fit_report import check_picture
+from cgpt.pictures import check_plot
 from cgpt.train import job_of
 
 
@@ -22,7 +22,7 @@ def run_coord_check(command: CoordCheck) -> None:
     """Raises InputError for what cannot be compared, Diverged among it."""
     command.check()
     if command.plot:
-        check_picture(command.plot)
+        check_plot(command.plot)
     batch, vocab_size = one_batch(open_corpus(command.data, progress=interactive()))
     widths, depths = command.grid
     tuned = command.lr, command.init_std, command.embedding_scale

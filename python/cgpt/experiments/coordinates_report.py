@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
 import numpy as np
 
 from cgpt.experiments.coordinates import JUDGED, LIMIT, QUANTITIES, Coordinates
-from cgpt.files import write_atomically
-from cgpt.fit_report import check_picture
+from cgpt.pictures import blank, check_plot, plain, write
 
 NOTE = """\
 The last column is judged: means over seeds, the largest over the least size's, at the worst step from 1 on. scores and
@@ -84,15 +82,12 @@ def plot(found: Coordinates, path: Path) -> Path:
 
     Raises InputError for another ending, OSError naming the file.
     """
-    check_picture(path)
+    check_plot(path)
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
     from matplotlib.ticker import LogLocator
 
     height = 0.8 + 2.4 * len(found.kinds)
-    figure = Figure(figsize=(2.3 * len(QUANTITIES), height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(2.3 * len(QUANTITIES), height)
     grid = figure.subplots(len(found.kinds), len(QUANTITIES), sharex=True, sharey="col", squeeze=False)
     shades = colormaps["viridis"]
     for row, (kind, panels) in enumerate(zip(found.kinds, grid, strict=True)):
@@ -107,8 +102,7 @@ def plot(found: Coordinates, path: Path) -> Path:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.set_xticks(found.sizes, [str(size) for size in found.sizes])
             axes.minorticks_off()
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
+            plain(axes)
             axes.tick_params(labelsize=8)
             ratio = found.ratio(kind, name)
             sound = "0.4" if name not in JUDGED else "tab:green" if ratio <= LIMIT else "tab:red"
@@ -122,10 +116,7 @@ def plot(found: Coordinates, path: Path) -> Path:
         axes.set_ylim(*_reach(found, name))
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, title="step", loc="outside right center", frameon=False, fontsize=9)
-    data = io.BytesIO()
-    figure.savefig(data, format=path.suffix[1:])
-    write_atomically(path, data.getvalue())
-    return path
+    return write(figure, path)
 
 
 def _reach(found: Coordinates, name: str) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from cgpt.experiments import ablate, sweep
 from cgpt.experiments.matrix import Outcome
-from cgpt.files import write_atomically
+from cgpt.pictures import blank, plain, write
 
 
 def sweep_json(outcomes: Sequence[Outcome]) -> dict:
@@ -75,7 +74,7 @@ def plot_sweep(path: Path, outcomes: Sequence[Outcome]) -> Path:
         axes.set(xlabel="peak learning rate", title=f"{kind}: best {sweep.drift(found, kind)} steps apart")
     panels[0].set_ylabel("held-out loss, nats per token")
     panels[0].legend(frameon=False)
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def ablate_json(outcomes: Sequence[Outcome]) -> dict:
@@ -116,7 +115,7 @@ def plot_ablate(path: Path, outcomes: Sequence[Outcome]) -> Path:
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("held-out loss, nats per token: seeds and their mean")
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def _measured(row: ablate.Row) -> str:
@@ -139,20 +138,8 @@ def _sorted(found: dict[float, float]) -> tuple[list[float], list[float]]:
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(*size)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for axes in panels:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     return figure, panels
-
-
-def _write(figure, path: Path) -> Path:
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    write_atomically(path, data.getvalue())
-    return path

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
 import numpy as np
 
-from cgpt.files import write_atomically
-from cgpt.fit_report import check_picture
 from cgpt.metrics import human
 from cgpt.model.presets import GPT2_VOCAB
+from cgpt.pictures import blank, check_plot, plain, write
 from cgpt.planning.proposal import Proposal, mup_settings
 from cgpt.scaling.budget import HOUR
 from cgpt.scaling.flops import PF_DAY
@@ -154,12 +152,8 @@ def plot(found: Proposal, path: Path) -> Path:
 
     Returns the path. Raises InputError for another ending, OSError naming the file.
     """
-    check_picture(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    check_plot(path)
+    figure = blank(8, 5)
     axes = figure.add_subplot()
     ends = [PUBLISHED[0].flops, PUBLISHED[-1].flops, found.flops]
     budgets = np.geomspace(min(ends) / 5, max(ends) * 10, 60)
@@ -182,13 +176,9 @@ def plot(found: Proposal, path: Path) -> Path:
     axes.set(
         xscale="log", xlabel="training FLOPs, published convention", ylabel="loss, nats per token of each law's data"
     )
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes.legend(frameon=False, fontsize=9)
-    data = io.BytesIO()
-    figure.savefig(data, format=path.suffix[1:])
-    write_atomically(path, data.getvalue())
-    return path
+    return write(figure, path)
 
 
 def _streams(found: Proposal) -> dict:
