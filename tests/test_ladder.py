@@ -22,7 +22,7 @@ def ladder():
 
 
 def test_twenty_tokens_a_parameter_under_mup(ladder):
-    found = ladder.cells(Path("data"), ladder.SIZES, 20, 1e-2)
+    found = ladder.cells(Path("data"), ladder.WIDTHS, 20, 1e-2)
     assert len(found) >= 5
     params = [cell.recipe.shape.n_params for cell in found]
     assert params == sorted(params)
@@ -55,7 +55,7 @@ def test_the_forecast_stands_before_the_largest_is_trained(here, ladder, monkeyp
     assert found["error"] == pytest.approx(found["forecast"] / found["measured"] - 1)
     with (here / "out" / "points.csv").open() as file:
         rows = list(csv.DictReader(file))
-    cells = ladder.cells(here / "runs" / "data", ladder.SIZES[:5], 0.1, 0.02)
+    cells = ladder.cells(here / "runs" / "data", ladder.WIDTHS[:5], 0.1, 0.02)
     assert [row["run"] for row in rows] == [cell.name for cell in cells]
     for row, cell in zip(rows, cells, strict=True):
         assert float(row["flops"]) == cell.recipe.tokens * flops_per_token(cell.recipe.shape).total
