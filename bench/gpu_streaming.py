@@ -23,6 +23,7 @@ from cgpt.errors import InputError
 from cgpt.metrics import peak_memory_bytes
 from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS
+from cgpt.saving import Saving
 from cgpt.stream.account import account
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.limits import bytes_text, limits
@@ -120,7 +121,7 @@ def _checkpoint(bench: Bench, placement: Placement, folder: Path) -> Row:
             steps = [training.step(training.batches(1)) for _ in range(3)]
             begin = time.monotonic()
             if beside:
-                saving = checkpoint.Saving(saves, Snapshot(training.store), 3, {}, 1)
+                saving = Saving(saves, Snapshot(training.store), 3, {}, 1)
             else:
                 path = checkpoint.save(saves, training.store, 3, {}, 1)
             steps += [training.step(training.batches(1)) for _ in range(3)]

@@ -188,7 +188,7 @@ def free_memory(bench: Bench, share: float) -> Budgets:
     """What a run may take: of the device a share, of the host all but a reserve, or what can be pinned in time."""
     device = int(share * torch.cuda.mem_get_info()[0])  # which makes the context, and costs seconds
     begin = time.monotonic()
-    HostMemory(PIN_TRIAL, pinned=True)
+    HostMemory(PIN_TRIAL, torch.device("cuda"))
     rate = PIN_TRIAL / (time.monotonic() - begin)
     host = (limits().host or PLENTY.host) - HOST_RESERVE
     return Budgets(device, min(host, int(rate * PIN_SHARE * bench.left)))
@@ -213,7 +213,7 @@ def rates_of(store: Store) -> Rates:
     """`probe`'s rates, the link's with both directions busy and from memory as pinned as a run's own."""
     found, lanes = probe(store), store.lanes
     nbytes = LINK_BYTES if store.device.type == "cuda" else 1 << 20
-    host = HostMemory(2 * nbytes, pinned=store.device.type == "cuda")
+    host = HostMemory(2 * nbytes, store.device)
     here, back = (host.allocate(nbytes) for _ in range(2))
     there, source = (torch.zeros(nbytes, dtype=torch.uint8, device=store.device) for _ in range(2))
     lanes.settle()

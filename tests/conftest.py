@@ -8,10 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from cgpt import train
-from cgpt.model import presets
 from cgpt_ext import _native, dispatch
-from nano import NANO, write_corpus
 
 
 @pytest.fixture(params=_native.cpu_isas())
@@ -29,6 +26,10 @@ def seed():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder with a corpus, a cache of its own and the nano preset."""
+    from cgpt import train  # which needs tyro; the tests of a GPU do without
+    from cgpt.model import presets
+    from nano import NANO, write_corpus
+
     monkeypatch.setitem(presets.PRESETS, "nano", NANO)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

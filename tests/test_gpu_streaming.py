@@ -97,7 +97,7 @@ def test_the_host_gives_what_it_has_or_what_can_be_pinned_in_time(bench, monkeyp
     clock = count(0.0, seconds)
     monkeypatch.setattr(gpu_training.Bench, "left", 60.0)
     monkeypatch.setattr(gpu_training.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(gpu_training, "HostMemory", lambda nbytes, pinned: None)
+    monkeypatch.setattr(gpu_training, "HostMemory", lambda nbytes, device: None)
     monkeypatch.setattr(gpu_training, "limits", lambda: Limits({"free memory": 120 * GIB}))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (78 * GIB, 80 * GIB))
     found = gpu_training.free_memory(bench, 0.5)

@@ -16,20 +16,20 @@ from cgpt_ext import _native
 class HostMemory:
     """One stretch of host memory, handed out from its start while the run is being built.
 
-    pinned: the CUDA device it is registered with, so that copies run beside the arithmetic. Where the driver or
-    RLIMIT_MEMLOCK allows less, copies of the rest still come out right, at the speed of the driver's own staging;
-    `why_not_pinned` says why.
+    device: that copies go to. Memory is registered with a CUDA device, so that they run beside the arithmetic. Where
+    the driver or RLIMIT_MEMLOCK allows less, copies of the rest still come out right, at the speed of the driver's own
+    staging; `why_not_pinned` says why.
     """
 
-    def __init__(self, nbytes: int, pinned: torch.device | None = None):
+    def __init__(self, nbytes: int, device: torch.device | None = None):
         self.nbytes, self.taken = nbytes, 0
         self.why_not_pinned: str | None = None
         if not nbytes:
             self._memory = torch.empty(0, dtype=torch.uint8)
             return
         arena = _native.HostArena(nbytes)
-        if pinned is not None:
-            arena.register_cuda(pinned.index or 0)
+        if device is not None and device.type == "cuda":
+            arena.register_cuda(torch.cuda.current_device() if device.index is None else device.index)
             self.why_not_pinned = arena.why_not_pinned
         self._memory = torch.frombuffer(arena, dtype=torch.uint8)
 

@@ -92,7 +92,7 @@ class Store:
         wanted = needs(self.plans, self.placement, format)
         self.lanes = device if isinstance(device, Device) else open_device(str(device), wanted.device)
         self.device = self.lanes.torch_device
-        self.host = HostMemory(wanted.host, pinned=self.device if self.device.type == "cuda" else None)
+        self.host = HostMemory(wanted.host, self.device)
         homes = [i for i, home in enumerate(self.placement.state) if home == "disk"]
         if homes and disk is None:
             raise InputError("disk: wanted a folder for layers whose home is the disk, got none")
