@@ -1,31 +1,15 @@
 """`cgpt plan` as a user meets it: an answer, or one line that says what would be one."""
 
-import json
 import re
 import subprocess
 import sys
 
 import pytest
+from asking import answer, refused
 
 from cgpt import cli
 from cgpt.model.presets import PRESETS
 from cgpt.stream.limits import parse_bytes
-
-
-def answer(capsys, *argv):
-    capsys.readouterr()
-    assert cli.main(["plan", *map(str, argv), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys, *argv):
-    capsys.readouterr()
-    assert cli.main(["plan", *map(str, argv)]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 1
-    return err.strip().removeprefix("cgpt: ")
-
 
 SMALL = "--model", "111M", "--device", "rtx-4090", "--host-memory", "8GiB", "--tokens-per-step", 16384
 LARGE = "--model", "13B", "--device", "h100", "--host-memory", "128GiB"

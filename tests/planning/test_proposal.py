@@ -1,6 +1,5 @@
 """`cgpt plan` for a budget as a user meets it: an answer whose numbers agree, or one line."""
 
-import json
 import math
 import re
 import shlex
@@ -8,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from asking import answer, refused, text
 
-from cgpt import cli
 from cgpt.model.config import GPTConfig
 from cgpt.model.presets import PRESETS
 from cgpt.scaling.flops import flops_per_token
@@ -17,27 +16,6 @@ from cgpt.schedule import tokens_after
 from cgpt.stream.hardware import DEVICES
 
 QUICK = ("--tokens-per-step", 8192)  # a small step to place: the recipe's own takes seconds
-
-
-def answer(capsys, *argv):
-    capsys.readouterr()
-    assert cli.main(["plan", *map(str, argv), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def text(capsys, *argv):
-    capsys.readouterr()
-    assert cli.main(["plan", *map(str, argv)]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, *argv):
-    capsys.readouterr()
-    assert cli.main(["plan", *map(str, argv)]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 1
-    return err.strip().removeprefix("cgpt: ")
 
 
 def agrees(found):
