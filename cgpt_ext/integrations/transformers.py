@@ -270,3 +270,11 @@ def _causal(Tq, Tk, offset, window, device):
 
 def _short(value):
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+
+
+def __getattr__(name):
+    if name.startswith("apply_cgpt_kernels_to_") or name in ("Patch", "register_with_liger"):
+        from cgpt_ext.integrations import transformers_patch
+
+        return getattr(transformers_patch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
