@@ -1,1 +1,1 @@
-"""One file per framework that these kernels plug into; each imports its framework, and only when it is asked for."""
+"""One file per framework; nothing here is imported until it is asked for."""

@@ -22,7 +22,7 @@ from inspect import signature
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, activations
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
@@ -270,7 +270,13 @@ def _wants_fused_loss(model, skip_logits, kwargs):
     wanted = model.training if skip_logits is None else skip_logits
     keep = kwargs.get("logits_to_keep", 0)
     everything = keep is None or (isinstance(keep, int) and keep == 0)
-    return wanted and kwargs.get("labels") is not None and everything and model.loss_function is ForCausalLMLoss
+    return wanted and kwargs.get("labels") is not None and everything and _usual_loss(model)
+
+
+def _usual_loss(model):
+    """Whether `model.loss_function`, which torch.compile does not read for the warning in it, is transformers' own."""
+    usual = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+    return getattr(model, "_loss_function", usual) is ForCausalLMLoss
 
 
 def _fused_loss(hidden, weight, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_):
