@@ -16,8 +16,8 @@ dropout in training; a position bias; and under torch.compile every mask, whose 
 "cgpt_causal" is for that: it takes no mask, so nothing stands between a compiled model and the kernel, and refuses
 what needs one. Softcaps and sinks are refused under both names.
 
-A query in front of its sequence's first token sees nothing; its row of the result is finite and means nothing.
-Padding behind a sequence attends to it, as under SDPA, so that even what is generated from there is the same.
+Padding's own rows are SDPA's too: in front of a sequence they see nothing and are zero (the first token's label is
+predicted from there), behind it they see the sequence (generate() goes on from there).
 
 `apply_cgpt_kernels_to_gpt2` and `apply_cgpt_kernels_to_llama` are in transformers_patch.py and can be had from here.
 """
@@ -43,6 +43,7 @@ class Spans:
     window: how many keys a query sees at most, its own among them; 0 is no limit.
     cu_seqlens: (n + 1,) int32: where Tq = Tk, the runs in the batch's B * Tq tokens, padding in runs of its own.
     longest: the most tokens in a run.
+    early: (B * Tq, 1, 1) bool: padding in front of its sequence, which sees nothing.
     late: padding behind its sequence, which sees all of it: (its places in the batch's tokens, those of the keys it
         sees, cu_seqlens of both, the longest of both).
     runs: where a cache holds keys from before, (b0, b1, k0, k1): the last of sequences b0 to b1's queries stands at key
@@ -53,6 +54,7 @@ class Spans:
     window: int = 0
     cu_seqlens: Tensor | None = None
     longest: int = 0
+    early: Tensor | None = None
     late: tuple[Tensor, Tensor, Tensor, Tensor, int, int] | None = None
     runs: tuple[tuple[int, int, int, int], ...] = ()
 
@@ -194,6 +196,8 @@ def _attend(q, k, v, scaling, spans):
     shape, (q, k, v) = q.shape, (x.flatten(0, 1) for x in (q, k, v))
     seqlens = (spans.cu_seqlens, spans.cu_seqlens, spans.longest, spans.longest)
     out = attention_varlen(q, k, v, *seqlens, True, scaling, window)
+    if spans.early is not None:
+        out = out.masked_fill(spans.early, 0)
     if spans.late is not None:
         queries, keys, *seqlens = spans.late
         late = attention_varlen(q[queries], k[keys], v[keys], *seqlens, False, scaling)
@@ -209,29 +213,31 @@ def _spans(mask, real, end, window):
     B, T, _ = mask.shape
     begins = torch.ones(B, T, dtype=torch.bool, device=mask.device)
     torch.logical_not(mask.diagonal(-1, 1, 2), out=begins[:, 1:])
-    late = None
+    early = late = None
     if real is not None:
         if real.shape[1] < T:
             return None
         begins[:, 1:] = torch.where(real[:, 1:] & real[:, :-1], begins[:, 1:], real[:, 1:] != real[:, :-1])
-        late = ~real & real.cummax(1).values
+        begun = real.cummax(1).values
+        early, late = ~begun, begun & ~real
     run = begins.cumsum(1)
-    past = _causal(T, T, 0, window, mask.device)
-    expected = past & (run[:, :, None] == run[:, None])
+    expected = run[:, :, None] == run[:, None]
     if real is not None:
-        expected = torch.where(late[:, :, None], real[:, None] & past, expected)
-        expected = torch.where((real | late)[:, :, None], expected, mask)
+        expected = torch.where(late[:, :, None], real[:, None], expected) & begun[:, :, None]
+    expected &= _causal(T, T, 0, window, mask.device)
     if not torch.equal(expected, mask):
         return None
     starts = begins.flatten().nonzero().flatten().tolist()
     if len(starts) == B:
         return Spans((B, T, T), window, runs=((0, B, 0, T),))
+    early = early.view(-1, 1, 1) if early is not None and early.any() else None
     late = _late(late, real) if late is not None and late.any() else None
     if late and window:  # such a query's window reaches back over padding, which no window of the kernel's does
         return None
     bounds = [*starts, B * T]
     longest = max(b - a for a, b in pairwise(bounds))
-    return Spans((B, T, T), window, torch.tensor(bounds, dtype=torch.int32, device=mask.device), longest, late)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=mask.device)
+    return Spans((B, T, T), window, cu_seqlens, longest, early, late)
 
 
 def _late(late, real):

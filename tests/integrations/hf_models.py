@@ -17,6 +17,8 @@ from transformers import (
 )
 
 VOCAB, TIME = 101, 21
+from numerics import assert_as_good_as_torch
+
 TOKENS = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
 LLAMA = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -76,6 +78,22 @@ def batch(side, sequences=4, time=TIME):
 
 def positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def assert_models_agree(got, want, theirs, dtype):
+    """A loss or logits, then gradients: `got` against `want` in fp64, at the bar that `theirs`, torch's, sets in dtype.
+
+    In bf16 the largest error of a whole model is luck, so errors are held by their norm there; a loss, which is one
+    number, to half its last bit.
+    """
+    for i, (g, w, t) in enumerate(zip(got, want, theirs, strict=True)):
+        if dtype == torch.float32:
+            assert_as_good_as_torch(g, w, t.to(g.dtype), what=f"result {i}")
+            continue
+        ours, torchs = ((x.double() - w.double()).norm() for x in (g, t))
+        assert g.shape == w.shape
+        bar = w.abs() * 2**-9 if g.dim() == 0 else 1.2 * torchs
+        assert ours <= bar, f"result {i}: error {ours:.3e}, torch's own {torchs:.3e}"
 
 
 def count_attention(monkeypatch):

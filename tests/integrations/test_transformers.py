@@ -18,8 +18,7 @@ from transformers.masking_utils import (
 )
 
 from cgpt_ext.integrations import transformers as interface
-from hf_models import MODELS, VOCAB, batch, count_attention, gpt2, llama, mistral, positions
-from numerics import assert_as_good_as_torch
+from hf_models import MODELS, VOCAB, assert_models_agree, batch, count_attention, gpt2, llama, mistral, positions
 
 interface.register()
 interface.register()  # twice is once
@@ -36,25 +35,22 @@ def named(model, attention):
     return model
 
 
-def results(model, attention, ids, mask, real=None):
-    """Logits of the real tokens, and all gradients of their loss."""
+def results(model, attention, ids, mask):
+    """Logits, padding's too, and all gradients of their loss."""
     named(model, attention).zero_grad()
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
-    real = mask.bool() if real is None else real
-    F.cross_entropy(logits[real].double(), ids[real]).backward()
-    return [logits[real].detach(), *(p.grad.clone() for p in model.parameters())]
+    F.cross_entropy(logits.flatten(0, 1).double(), ids.flatten()).backward()
+    return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-def hold(model, ids, mask, dtype=torch.float32, real=None):
+def hold(model, ids, mask, dtype=torch.float32):
     """Logits and gradients at the bar that SDPA sets in that dtype; in fp64 it is the truth."""
     wide = copy.deepcopy(model).double()
     model = model.to(dtype)
-    got = results(model, "cgpt", ids, mask, real)
-    want = results(wide, "sdpa", ids, mask, real)
-    theirs = results(model, "sdpa", ids, mask, real)
-    for i, (g, w, t) in enumerate(zip(got, want, theirs, strict=True)):
-        assert_as_good_as_torch(g, w, t, what=f"logits or gradient {i}")
-    return got, theirs
+    got = results(model, "cgpt", ids, mask)
+    want = results(wide, "sdpa", ids, mask)
+    theirs = results(model, "sdpa", ids, mask)
+    assert_models_agree(got, want, theirs, dtype)
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right", "both", "holes"])
@@ -75,12 +71,6 @@ def test_padding_in_bf16(make, side):
     hold(model, ids, mask, torch.bfloat16)
 
 
-def test_padding_behind_sees_its_sequence():
-    """Rows of padding too, where they see anything: what is generated from them, or a careless loss, is SDPA's."""
-    ids, mask = batch("right")
-    hold(gpt2().train(), ids, mask, real=torch.ones_like(mask, dtype=torch.bool))
-
-
 @pytest.mark.parametrize("side", ["left", "both"])
 def test_nothing_but_padding_is_finite(side):
     ids, mask = batch(side)
@@ -88,10 +78,9 @@ def test_nothing_but_padding_is_finite(side):
     model = named(llama().train(), "cgpt")
     logits = model(ids, attention_mask=mask, use_cache=False).logits
     assert logits.isfinite().all()
-    logits[mask.bool()].square().mean().backward()
+    logits.square().mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    real = mask.bool()
-    assert (logits[real] - named(model, "sdpa")(ids, attention_mask=mask).logits[real]).abs().max() < 1e-5
+    assert (logits - named(model, "sdpa")(ids, attention_mask=mask).logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -123,8 +112,7 @@ def test_a_cache_continued_by_several_tokens(calls):
             ids[:, 9:], attention_mask=mask, position_ids=positions(mask)[:, 9:], past_key_values=first.past_key_values
         ).logits
     assert not calls["sdpa"]
-    real = mask[:, 9:].bool()
-    assert (rest[real] - whole[:, 9:][real]).abs().max() < 1e-5
+    assert (rest - whole[:, 9:]).abs().max() < 1e-5
 
 
 def test_packed_sequences(calls):
@@ -165,7 +153,7 @@ def test_attention_in_both_directions(calls):
         got = named(model, "cgpt")(ids, attention_mask=mask).last_hidden_state
         assert calls == {server: 1}
         want = named(model, "sdpa")(ids, attention_mask=mask).last_hidden_state
-        assert (got - want)[mask.bool()].abs().max() < 1e-5
+        assert (got - want).abs().max() < 1e-5
 
 
 def test_cross_attention(calls):
@@ -175,7 +163,7 @@ def test_cross_attention(calls):
     got = named(model, "cgpt")(ids, attention_mask=mask, encoder_hidden_states=encoded).logits
     assert calls == {"attention_varlen": 2, "attention": 2}
     want = named(model, "sdpa")(ids, attention_mask=mask, encoder_hidden_states=encoded).logits
-    assert (got - want)[mask.bool()].abs().max() < 1e-5
+    assert (got - want).abs().max() < 1e-5
 
 
 def test_dropout_is_sdpas(calls):
@@ -216,8 +204,7 @@ def test_autocast():
         got = results(model, "cgpt", ids, mask)
         theirs = results(model, "sdpa", ids, mask)
     want = results(model.double(), "sdpa", ids, mask)
-    for i, (g, w, t) in enumerate(zip(got, want, theirs, strict=True)):
-        assert_as_good_as_torch(g, w, t, what=f"logits or gradient {i}", dtype=torch.bfloat16)
+    assert_models_agree(got, want, theirs, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -277,8 +264,8 @@ def test_what_is_refused(option):
         interface.attention_forward(torch.nn.Identity(), q, q, q, None, **{option: 30.0})
 
 
-def seen(spans, real):
-    """The mask that spans stand for, in rows that see anything; None for rows whose result means nothing."""
+def seen(spans):
+    """The mask that spans stand for."""
     B, Tq, Tk = spans.shape
     mask = torch.zeros(B, Tq, Tk, dtype=torch.bool)
     window = spans.window or Tk
@@ -301,7 +288,8 @@ def seen(spans, real):
     flat = flat.view(B, Tq, B, Tk)
     mask = torch.stack([flat[b, :, b] for b in range(B)])
     assert int(mask.sum()) == int(flat.sum())  # nothing is seen across sequences
-    mask[~real & ~(real.cummax(1).values)] = False
+    if spans.early is not None:
+        mask[spans.early.view(B, Tq)] = False
     return mask
 
 
@@ -336,7 +324,7 @@ def test_spans_are_the_mask(name, queries):
         spans = getattr(mask, "cgpt_spans", None)
         if spans is not None:
             found += 1
-            assert torch.equal(seen(spans, real), mask[:, 0])
+            assert torch.equal(seen(spans), mask[:, 0])
 
         at = (trial % 3, 11, int(torch.randint(12, (), generator=draw)))
 
@@ -346,5 +334,5 @@ def test_spans_are_the_mask(name, queries):
         options["mask_function"] = altered
         mask = interface.attention_mask(3, queries, 12, 12 - queries, 0, attention_mask=given, **options)
         spans = getattr(mask, "cgpt_spans", None)
-        assert spans is None or torch.equal(seen(spans, real), mask[:, 0])
+        assert spans is None or torch.equal(seen(spans), mask[:, 0])
     assert found >= (10 if name in ("causal", "sliding") else 0)
