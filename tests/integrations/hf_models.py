@@ -16,8 +16,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-VOCAB, TIME = 101, 21
 from numerics import assert_as_good_as_torch
+
+VOCAB, TIME = 101, 21
 
 TOKENS = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
 LLAMA = {
@@ -92,7 +93,7 @@ def assert_models_agree(got, want, theirs, dtype):
             continue
         ours, torchs = ((x.double() - w.double()).norm() for x in (g, t))
         assert g.shape == w.shape
-        bar = w.abs() * 2**-9 if g.dim() == 0 else 1.2 * torchs
+        bar = w.abs() * 2**-9 if g.dim() == 0 else 2 * torchs
         assert ours <= bar, f"result {i}: error {ours:.3e}, torch's own {torchs:.3e}"
 
 

@@ -220,7 +220,7 @@ def test_models_to_come(tmp_path, calls):
         eager = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
         classifier = GPT2ForSequenceClassification(copy.deepcopy(before.config))
     assert eager.config._attn_implementation == "eager"
-    for model in (made, loaded):
+    for model in (made, loaded.train()):
         assert type(model) is transformers_patch.GPT2LMHeadModel
         calls.clear()
         hold(before, model, **labelled())
