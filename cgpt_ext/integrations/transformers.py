@@ -23,9 +23,11 @@ predicted from there), behind it they see the sequence (generate() goes on from 
 """
 
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -33,6 +35,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from cgpt_ext.ops._torch import autocast
 from cgpt_ext.ops.attention import attention, attention_varlen
+
+NAMES = ("cgpt", "cgpt_causal")
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,13 @@ class Spans:
 
 
 def register() -> None:
-    """Makes "cgpt" and "cgpt_causal" known to transformers as attention and as masks. Calling it again is harmless."""
-    for name, mask in (("cgpt", attention_mask), ("cgpt_causal", no_mask)):
+    """Makes "cgpt" and "cgpt_causal" known to transformers as attention and as masks. Calling it again is harmless.
+
+    Raises ImportError where transformers is older than 5.4, whose masks are made from other arguments.
+    """
+    if "q_length" not in signature(sdpa_mask).parameters:
+        raise ImportError(f"register: transformers must be 5.4 or newer, got {transformers.__version__}")
+    for name, mask in zip(NAMES, (attention_mask, no_mask), strict=True):
         AttentionInterface.register(name, attention_forward)
         AttentionMaskInterface.register(name, mask)
 
@@ -138,13 +147,14 @@ def attention_mask(
         local_size=local_size,
         **kwargs,
     )
-    if mask is None or torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if mask is None or traced or type(mask) is not Tensor or mask.is_meta:
         return mask
     if q_length == 1:
         mask = mask.contiguous()  # generate() would, and so lose the attribute
     end = int(q_offset) + q_length - kv_offset  # keys up to the last query's own
-    if q_length <= end <= kv_length:
-        real = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + end].bool()
+    real = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + end].bool()
+    if q_length <= end <= kv_length and (real is None or real.shape[1] == end):
         find = _cached_spans if q_length < kv_length else _spans
         spans = find(mask[:, 0], real, end, local_size if local_size and local_size < end else 0)
         if spans is not None:
@@ -215,8 +225,6 @@ def _spans(mask, real, end, window):
     torch.logical_not(mask.diagonal(-1, 1, 2), out=begins[:, 1:])
     early = late = None
     if real is not None:
-        if real.shape[1] < T:
-            return None
         begins[:, 1:] = torch.where(real[:, 1:] & real[:, :-1], begins[:, 1:], real[:, 1:] != real[:, :-1])
         begun = real.cummax(1).values
         early, late = ~begun, begun & ~real
@@ -228,9 +236,9 @@ def _spans(mask, real, end, window):
     if not torch.equal(expected, mask):
         return None
     starts = begins.flatten().nonzero().flatten().tolist()
-    if len(starts) == B:
-        return Spans((B, T, T), window, runs=((0, B, 0, T),))
     early = early.view(-1, 1, 1) if early is not None and early.any() else None
+    if len(starts) == B and early is None:
+        return Spans((B, T, T), window, runs=((0, B, 0, T),))
     late = _late(late, real) if late is not None and late.any() else None
     if late and window:  # such a query's window reaches back over padding, which no window of the kernel's does
         return None

@@ -8,8 +8,9 @@
         ...
 
 A patched module is given a subclass as its class; parameters, names and state_dict are left as they are. What a kernel
-cannot serve keeps the module's own forward: other activations, float64, and a layer that somebody else has changed
-before us, be it by another class (PEFT, quantisation, parametrisations), by hooks or by a forward of its own.
+cannot serve keeps the module's own forward: other activations, float64, and layers that somebody else has changed, be
+it by another class (PEFT, quantisation, parametrisations), by hooks or by a forward of their own. Attention alone does
+not fall back for a dtype or head dim: it raises what `cgpt_ext.attention` raises.
 
 In training with labels the language model's loss comes from the fused linear cross-entropy and `logits` is None, as
 with Liger; `skip_logits=False` in the call keeps them and the usual loss, `skip_logits=True` asks for it in eval too.
@@ -17,7 +18,7 @@ with Liger; `skip_logits=False` in the call keeps them and the usual loss, `skip
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import signature
+from inspect import Parameter, signature
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def _patch_model(model, classes, attention, patch):
     if attention:
         for module in model.modules():
             # of a model and its parts the whole comes first, and hands the name on to the parts' configs
-            if isinstance(module, PreTrainedModel) and module.config._attn_implementation != "cgpt":
+            if isinstance(module, PreTrainedModel) and module.config._attn_implementation not in interface.NAMES:
                 patch._undo.append(_restore_attention(module, module.config._attn_implementation))
                 module.set_attn_implementation("cgpt")
 
@@ -196,8 +197,8 @@ def _plain(layer, kind, x):
 class LayerNorm(FusedLayerNorm):
     """`cgpt_ext.nn.LayerNorm`, and torch's where x is of a dtype that it does not serve."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.dtype in _SERVED else torch.nn.LayerNorm.forward(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if input.dtype in _SERVED else torch.nn.LayerNorm.forward(self, input)
 
 
 def gpt2_mlp(module: torch.nn.Module, x: Tensor) -> Tensor | None:
@@ -243,7 +244,8 @@ class LlamaMLP(modeling_llama.LlamaMLP):
 
 def _causal_lm_forward(original, output_class):
     """A causal language model's forward that takes loss from hidden states where it can, and else is `original`."""
-    names = list(signature(original).parameters)[1:]
+    parameters = list(signature(original).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD]
 
     @can_return_tuple
     def fused(self, labels, **kwargs):
@@ -260,8 +262,10 @@ def _causal_lm_forward(original, output_class):
 
     @wraps(original)
     def forward(self, *args, skip_logits: bool | None = None, **kwargs):
-        kwargs.update(zip(names, args, strict=False))
-        return (fused if _wants_fused_loss(self, skip_logits, kwargs) else original)(self, **kwargs)
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        if len(named) < len(args) + len(kwargs) or not _wants_fused_loss(self, skip_logits, named):
+            return original(self, *args, **kwargs)  # too many arguments, or one of them twice, is its to complain of
+        return fused(self, **named)
 
     return forward
 

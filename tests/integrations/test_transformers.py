@@ -71,8 +71,8 @@ def test_padding_in_bf16(make, side):
     hold(model, ids, mask, torch.bfloat16)
 
 
-@pytest.mark.parametrize("side", ["left", "both"])
-def test_nothing_but_padding_is_finite(side):
+@pytest.mark.parametrize("side", ["none", "left", "both"])
+def test_a_sequence_of_padding_alone(side):
     ids, mask = batch(side)
     mask[2] = 0
     model = named(llama().train(), "cgpt")
@@ -336,3 +336,9 @@ def test_spans_are_the_mask(name, queries):
         spans = getattr(mask, "cgpt_spans", None)
         assert spans is None or torch.equal(seen(spans), mask[:, 0])
     assert found >= (10 if name in ("causal", "sliding") else 0)
+
+
+def test_an_older_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(interface, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)
+    with pytest.raises(ImportError, match=r"^register: transformers must be 5\.4 or newer, got 5"):
+        interface.register()

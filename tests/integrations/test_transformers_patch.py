@@ -166,6 +166,10 @@ def test_logits(name, calls):
     positional = patched(inputs["input_ids"])
     assert positional.loss is None
     assert positional.logits.shape == want.logits.shape
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        patched(inputs["input_ids"], **inputs)
+    with pytest.raises(TypeError, match="positional arguments"):
+        patched(*[None] * 99)
     assert patched(inputs["input_ids"], logits_to_keep=1).logits.shape[1] == 1
     fused = calls["cross_entropy"]
     close(patched(**inputs, skip_logits=False))
