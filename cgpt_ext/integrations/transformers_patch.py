@@ -127,7 +127,7 @@ def _apply(name, what, roots, classes, attention, model):
         interface.register()
     patch = Patch()
     if model is not None:
-        if not any(isinstance(module, roots) for module in model.modules()):
+        if not isinstance(model, torch.nn.Module) or not any(isinstance(part, roots) for part in model.modules()):
             raise ValueError(f"{name}: model must hold {what}, got {type(model).__name__}")
         _patch_model(model, classes, attention, patch)
         return patch

@@ -1,6 +1,7 @@
 """The attention named "cgpt" in transformers' models: padded, packed, cached and windowed, it is SDPA's to rounding."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -308,34 +309,49 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("queries", [12, 4, 1])
 def test_spans_are_the_mask(name, queries):
-    """Whatever the padding: where spans are found they say what the mask says; where a bit of it differs, none are."""
+    """Where spans are found they say what the mask says; where a bit is changed, so do they, or there are none."""
     function, size = FUNCTIONS[name]
     draw = torch.Generator().manual_seed(5)
-    found = 0
+    found = Counter()
     for trial in range(40):
+        side = ("none", "left", "right", "both")[trial % 4]
         real = torch.ones(3, 12, dtype=torch.bool)
         for b in range(3):
-            front, back = torch.randint(0, 5, (2,), generator=draw).tolist()
-            real[b, :front] = trial % 3 == 0
-            real[b, 12 - back :] = trial % 3 < 2
-        given = None if real.all() else real
-        options = {"mask_function": function, "local_size": size, "allow_is_causal_skip": False}
-        mask = interface.attention_mask(3, queries, 12, 12 - queries, 0, attention_mask=given, **options)
-        spans = getattr(mask, "cgpt_spans", None)
-        if spans is not None:
-            found += 1
-            assert torch.equal(seen(spans), mask[:, 0])
-
+            front, back = torch.randint(1, 5, (2,), generator=draw).tolist()
+            real[b, : front if side in ("left", "both") else 0] = False
+            real[b, 12 - (back if side in ("right", "both") else 0) :] = False
         at = (trial % 3, 11, int(torch.randint(12, (), generator=draw)))
 
         def altered(b, h, q, k, at=at):
             return function(b, h, q, k) ^ ((b == at[0]) & (q == at[1]) & (k == at[2]))
 
-        options["mask_function"] = altered
-        mask = interface.attention_mask(3, queries, 12, 12 - queries, 0, attention_mask=given, **options)
-        spans = getattr(mask, "cgpt_spans", None)
-        assert spans is None or torch.equal(seen(spans), mask[:, 0])
-    assert found >= (10 if name in ("causal", "sliding") else 0)
+        for mask_function in (function, altered):
+            mask = interface.attention_mask(
+                3, queries, 12, 12 - queries, 0, mask_function=mask_function, local_size=size,
+                attention_mask=None if side == "none" else real, allow_is_causal_skip=False,
+            )  # fmt: skip
+            spans = getattr(mask, "cgpt_spans", None)
+            assert spans is None or torch.equal(seen(spans), mask[:, 0])
+            found[side] += spans is not None and mask_function is function
+    if queries == 12:
+        assert found["none"] == 10  # of ten
+    if name in ("causal", "sliding"):
+        assert found["none"] == found["left"] == 10
+    if name == "causal" and queries == 12:
+        assert found["right"] == found["both"] == 10
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
+def test_hardly_any_tokens(shape, calls):
+    model = named(llama().eval(), "cgpt")
+    ids = torch.ones(shape, dtype=torch.int64)
+    for mask in (torch.ones_like(ids), torch.zeros_like(ids)):
+        got = model(ids, attention_mask=mask).logits
+        assert not calls["sdpa"]
+        want = named(model, "sdpa")(ids, attention_mask=mask).logits
+        named(model, "cgpt")
+        assert got.shape == want.shape
+        assert ((got - want).abs() < 1e-5).all()
 
 
 def test_an_older_transformers_is_refused(monkeypatch):

@@ -317,5 +317,6 @@ def test_compiles_whole_with_labels(name):
 def test_another_model_is_refused(name):
     config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     holds = {"gpt2": "a GPT-2", "llama": "a Llama"}[name]
-    with pytest.raises(ValueError, match=f"^apply_cgpt_kernels_to_{name}: model must hold {holds}, got BertModel$"):
-        MADE[name][1](model=BertModel(config))
+    for model, what in ((BertModel(config), "BertModel"), ("gpt2", "str")):
+        with pytest.raises(ValueError, match=f"^apply_cgpt_kernels_to_{name}: model must hold {holds}, got {what}$"):
+            MADE[name][1](model=model)

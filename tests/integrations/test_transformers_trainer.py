@@ -3,6 +3,8 @@
 Both runs are the Trainer's own loop; what differs is one line for the model and one argument for the optimizer.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ pytest.importorskip("accelerate")
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from cgpt_ext import _native
 from cgpt_ext.integrations import transformers_patch
 from cgpt_ext.integrations.transformers import (
     apply_cgpt_kernels_to_gpt2,
@@ -83,9 +86,34 @@ def ours(folder, name, resume=None, **options):
     return run
 
 
+KERNELS = {
+    "adamw": "adamw", "attention": "attention_fwd", "cross_entropy": "cross_entropy_total",
+    "gelu_mlp": "gelu_mlp_fwd", "layer_norm": "layer_norm_fwd",
+}  # fmt: skip
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of our native kernels."""
+    calls = Counter()
+
+    def counting(part, kernel):
+        return lambda *args: (calls.update([part]), kernel(*args))[1]
+
+    for part, kernel in KERNELS.items():
+        monkeypatch.setattr(_native, kernel, counting(part, getattr(_native, kernel)))
+    return calls
+
+
 @pytest.mark.parametrize("name", MADE)
-def test_losses_are_torchs(name, tmp_path):
-    theirs, mine = torchs(tmp_path, name), ours(tmp_path, name)
+def test_losses_are_torchs(name, tmp_path, calls):
+    theirs = torchs(tmp_path, name)
+    assert not calls
+    mine = ours(tmp_path, name)
+    batches = 2 * STEPS  # and two groups of parameters, with weight decay and without
+    norms = {"layer_norm": 5 * batches} if name == "gpt2" else {}
+    layers = {"attention": 2 * batches, "gelu_mlp": 2 * batches}
+    assert calls == {"adamw": 2 * STEPS, "cross_entropy": batches, **layers, **norms}
     assert isinstance(mine.optimizer.optimizer, AdamW)
     assert type(mine.model).__module__ == transformers_patch.__name__
     assert mine.model.config._attn_implementation == "cgpt"
@@ -94,8 +122,7 @@ def test_losses_are_torchs(name, tmp_path):
     norms = [[entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry] for run in (mine, theirs)]
     assert max(norms[1]) > 0.5  # clipping has something to do
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
-    parts = ["adamw", "attention", "cross_entropy", "gelu_mlp"] + ["layer_norm"] * (name == "gpt2")
-    record("transformers", parts, STEPS, difference)
+    record("transformers", sorted(calls), STEPS, difference)
 
 
 def test_losses_in_bf16(tmp_path):
