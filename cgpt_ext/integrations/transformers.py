@@ -14,7 +14,8 @@ with it, element by element, once a forward pass; the kernel runs on spans that 
 What goes to torch's scaled_dot_product_attention instead: any other mask, of the caller's or with holes in its padding;
 dropout in training; a position bias; and under torch.compile every mask, whose content a graph cannot look at. The name
 "cgpt_causal" is for that: it takes no mask, so nothing stands between a compiled model and the kernel, and refuses
-what needs one. Softcaps and sinks are refused under both names.
+what needs one. Softcaps and sinks are refused under both names. Reentrant gradient checkpointing of GPT-2, not the
+default, hands the mask on as another tensor, so that SDPA serves what it computes again.
 
 Padding's own rows are SDPA's too: in front of a sequence they see nothing and are zero (the first token's label is
 predicted from there), behind it they see the sequence (generate() goes on from there).

@@ -207,8 +207,9 @@ def test_the_model_is_what_it_was(name, tmp_path):
         assert type(again) is type(patched)
         assert torch.equal(again(ids).logits, want)
     patched.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="cgpt")
     assert type(loaded) is type(model)
+    assert loaded.config._attn_implementation == "cgpt"
     assert (loaded(ids).logits - want).abs().max() < 1e-5
     patch.revert()
     assert [type(module) for module in patched.modules()] == kinds
