@@ -73,7 +73,7 @@ def apply_cgpt_kernels_to_gpt2(
             Dropout in training, GPT-2's default of 0.1 too, is SDPA's: set attn_pdrop to 0 for the kernel.
         mlp: the two projections and the activation between in one op; activations "gelu", "gelu_new" and the like.
         layer_norm: every LayerNorm of the model.
-        cross_entropy: the loss of GPT2LMHeadModel without whole logits, in training. Classes derived from it keep theirs.
+        cross_entropy: the loss of GPT2LMHeadModel without whole logits, in training; derived classes keep theirs.
         model: a GPT-2 with any head, or a module that holds one, as PEFT's do.
 
     Returns:
