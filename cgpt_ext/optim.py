@@ -28,10 +28,10 @@ class AdamW(torch.optim.AdamW):
     optimizer state, or starts a new optimizer. A master that torch.optim.AdamW carried along in its state while it
     trained the weights is known by its dtype, which torch changes, and made anew.
 
-    `foreach` and `capturable` are accepted and change nothing: a step is always fused, reads `step` and the loss scale
-    on the device and waits for nothing. GradScaler is served as by torch's fused step: an overflow leaves parameters
-    and state as they are. `fused=False` has GradScaler unscale the gradients first and leave the step out itself, as
-    Lightning asks of whoever clips in 16-mixed precision.
+    `foreach` and `capturable` are accepted and change nothing: a step is always fused, reads `step` on the device and
+    waits for nothing. `fused` says, as in torch, who serves GradScaler: with True the step itself unscales and, on the
+    device, leaves out an overflow; else GradScaler unscales first, waits for its finding and leaves out the step. Only
+    so do Lightning's mixed precisions clip.
 
     DTensor parameters (FSDP2, tensor parallel) step on their local shards, and their state is sharded as they are. Of a
     split master save the sharded state: gloo and NCCL gather no int16, so there is no `full_state_dict`.
@@ -102,7 +102,7 @@ class AdamW(torch.optim.AdamW):
 
     def _set_amp_scaling(self):
         # Where true, GradScaler hands over grad_scale and found_inf instead of unscaling first.
-        self._step_supports_amp_scaling = self.defaults.get("fused") is not False
+        self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
 
     def load_state_dict(self, state_dict):
         """Loads a state_dict, of torch.optim.AdamW too; each state keeps its own dtype, where torch would cast it."""

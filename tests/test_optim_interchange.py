@@ -1,4 +1,4 @@
-"""A run goes from torch.optim.AdamW to ours and back in the middle, and everything around an optimizer does not notice."""
+"""A run changes hands between torch.optim.AdamW and ours in the middle, and nothing around an optimizer notices."""
 
 import copy
 import math
@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 from cgpt_ext.optim import AdamW
 
@@ -115,10 +116,10 @@ def test_a_master_gone_stale_in_torchs_hands_is_made_anew(master):
 
 
 SCHEDULERS = {
-    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=20),
-    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda i: 1 / (1 + i), lambda i: 0.9**i, lambda i: 1.0]),
-    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=12, eta_min=1e-4),
-    "ReduceLROnPlateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.3, patience=0, threshold=0.5),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=20),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, [lambda i: 1 / (1 + i), lambda i: 0.9**i, lambda i: 1.0]),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=12, eta_min=1e-4),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.3, patience=0, threshold=0.5),
 }
 
 
@@ -151,7 +152,7 @@ def test_a_scheduled_tensor_is_read_at_every_step():
     def run(kind):
         net = model()
         optimizer = kind(net.parameters(), lr=torch.tensor(0.05))
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.7)
         train(net, optimizer, 0, 8, scheduler)
         return net, optimizer.param_groups[0]["lr"]
 
@@ -162,7 +163,7 @@ def test_a_scheduled_tensor_is_read_at_every_step():
     assert rate.item() == pytest.approx(0.05 * 0.7**8)
 
 
-@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("fused", [None, True])
 def test_grad_scaler_with_clipping_between(fused):
     """unscale_, clip, step: an overflow skips exactly one step, whoever leaves it out."""
 
@@ -191,7 +192,7 @@ def test_grad_scaler_with_clipping_between(fused):
 
 
 def test_who_unscales_survives_pickling():
-    for fused, wanted in ((None, True), (True, True), (False, False)):
+    for fused, wanted in ((None, False), (True, True), (False, False)):
         optimizer = AdamW(model().parameters(), fused=fused)
         for again in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
             assert again._step_supports_amp_scaling is wanted
@@ -283,7 +284,7 @@ def test_empty_tensors_and_scalars():
 def test_a_refused_group_leaves_nothing_behind():
     optimizer = AdamW(model().parameters())
     for bad in ({"master": "bf16"}, {"amsgrad": True}, {"differentiable": True}, {"stochastic_rounding_seed": 1}):
-        with pytest.raises(ValueError, match="AdamW: .* must be"):
+        with pytest.raises(ValueError, match=r"AdamW: \w+ must be"):
             optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], **bad})
         assert len(optimizer.param_groups) == 1
 
