@@ -9,6 +9,9 @@ from torch import Tensor
 from cgpt_ext.ops.adamw import adamw_, join_master, split_master
 
 MASTERS = ("fp32", "split", None)
+# Keys of parameter groups that torch's have not. Where they are what they are by default a group is without them, as
+# who loads a file of torch's by the group's keys (torch.distributed.checkpoint, torchtitan) would miss them in it.
+OWN = {"master": "fp32", "stochastic_rounding_seed": None}
 
 
 class AdamW(torch.optim.AdamW):
@@ -39,7 +42,7 @@ class AdamW(torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, maximize: as torch's. `lr` may be a tensor, read at every step.
         amsgrad, differentiable: not served.
-        master: see above; also a key of parameter groups.
+        master: see above; also a key of parameter groups, which leave it out where it is "fp32" for all.
         stochastic_rounding_seed: an int, for `master=None` alone; also a key of parameter groups. The random bits are a
             function of it, the step and the element (`cgpt_ext.adamw_`), so a resumed run repeats them.
 
@@ -150,8 +153,8 @@ class AdamW(torch.optim.AdamW):
                 continue
             if param.grad.is_sparse:
                 raise ValueError("AdamW: gradients must be dense, got a sparse one")
-            kept = self._prepare(param, group["master"])
-            if not kept and param.dtype == torch.bfloat16 and group["stochastic_rounding_seed"] is not None:
+            kept = self._prepare(param, _own(group, "master"))
+            if not kept and param.dtype == torch.bfloat16 and _own(group, "stochastic_rounding_seed") is not None:
                 kept = "stochastic"
             found[param.device, kept].append(param)
         return found
@@ -232,12 +235,19 @@ class AdamW(torch.optim.AdamW):
                 shard.copy_(weight)
 
 
+def _own(group, key):
+    return group.get(key, OWN[key])
+
+
 def _check_group(group, defaults):
-    if group.setdefault("master", defaults.get("master", "fp32")) not in MASTERS:
-        raise ValueError(f"AdamW: master must be 'fp32', 'split' or None, got {group['master']!r}")
-    seed = group.setdefault("stochastic_rounding_seed", defaults.get("stochastic_rounding_seed"))
-    if seed is not None and group["master"] is not None:
-        raise ValueError(f"AdamW: stochastic_rounding_seed must be None with master {group['master']!r}, got {seed}")
+    for key, default in OWN.items():
+        if group.setdefault(key, defaults.get(key, default)) == defaults.get(key, default) == default:
+            del group[key]
+    master, seed = _own(group, "master"), _own(group, "stochastic_rounding_seed")
+    if master not in MASTERS:
+        raise ValueError(f"AdamW: master must be 'fp32', 'split' or None, got {master!r}")
+    if seed is not None and master is not None:
+        raise ValueError(f"AdamW: stochastic_rounding_seed must be None with master {master!r}, got {seed}")
     for name in ("amsgrad", "differentiable"):
         if group[name]:
             raise ValueError(f"AdamW: {name} must be False, got {group[name]}")

@@ -332,3 +332,39 @@ def test_distributed_checkpoints_states(first, then, dtype):
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), straight.parameters(), strict=True))
     else:
         assert losses == pytest.approx(want[4:], rel=0.05)
+
+
+def test_groups_have_torchs_keys_until_told_otherwise():
+    mine, torchs = AdamW(groups(model())), torch_adamw(groups(model()))
+    for group, other in zip(mine.param_groups, torchs.param_groups, strict=True):
+        assert group.keys() == other.keys()
+    for options in ({"master": "split"}, {"master": None}):
+        other = AdamW(groups(model()), **options)
+        assert [group["master"] for group in other.param_groups] == [options["master"]] * 3
+    mixed = AdamW([{"params": [torch.nn.Parameter(torch.ones(2))], "master": "fp32"}], master="split")
+    mixed = pickle.loads(pickle.dumps(mixed))
+    assert mixed.param_groups[0]["master"] == "fp32"
+
+
+@pytest.mark.parametrize(("first", "then"), BOTH_WAYS)
+def test_distributed_checkpoints_files(first, then, tmp_path):
+    """dcp.load wants every key of the optimizer that is loaded into in the file, so ours has torch's and no more."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    straight, net = model(), model()
+    want = train(straight, torch_adamw(groups(straight)[:2], lr=0.01), 0, 8)
+    before = KINDS[first](groups(net)[:2], lr=0.01)
+    train(net, before, 0, 4)
+    after = KINDS[then](groups(net)[:2], lr=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weights, state = get_state_dict(net, before)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+        net.zero_grad()  # else it makes no empty states to load into
+        weights, state = get_state_dict(net, after)
+        assert state["param_groups"][0].keys() == before.state_dict()["param_groups"][0].keys()
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+        set_state_dict(net, after, model_state_dict=weights, optim_state_dict=state)
+    assert train(net, after, 4, 8) == pytest.approx(want[4:], rel=1e-5)
+    close(net, straight)
