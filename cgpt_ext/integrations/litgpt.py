@@ -32,16 +32,17 @@ def apply_cgpt_kernels_to_litgpt(attention: bool = True, mlp: bool = True, layer
     if mlp:
         _patch(litgpt.model.GptNeoxMLP, "forward", _mlp)
     if layer_norm:
-        kind = litgpt.config.Config
-        kind.norm_class = property(_norm_class(kind.norm_class.fget))
+        _patch(litgpt.config.Config, "norm_class", _norm_class)
 
 
 def _patch(kind: type, name: str, ours) -> None:
-    theirs = getattr(kind, name)
+    """Once: `ours` makes the new method or property from theirs."""
+    found = kind.__dict__[name]
+    theirs = found.fget if isinstance(found, property) else found
     if not hasattr(theirs, "theirs"):
         method = ours(theirs)
         method.theirs = theirs
-        setattr(kind, name, method)
+        setattr(kind, name, property(method) if isinstance(found, property) else method)
 
 
 def _attention(theirs):

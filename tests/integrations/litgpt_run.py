@@ -29,6 +29,8 @@ RUNS = {
     "mine": ("ours", {}),
     "theirs, by us": ("ours", {"resume": "theirs/step-00000005/lit_model.pth"}),
     "mine, by us": ("ours", {"resume": "mine/step-00000005/lit_model.pth"}),
+    "theirs in bf16": ("torch", {"precision": "bf16-mixed"}),
+    "mine in bf16": ("ours", {"precision": "bf16-mixed"}),
     "mine, by them": ("torch", {"resume": "mine/step-00000005/lit_model.pth"}),
 }
 

@@ -1,6 +1,7 @@
 """What each trainer's test found: the README's table of trainers comes from these (bench/integrations.py)."""
 
 import json
+import math
 import os
 from importlib import metadata
 
@@ -29,5 +30,6 @@ def record(trainer: str, parts: list[str], steps: int, largest_difference: float
 def largest_difference(losses: list[float], other: list[float]) -> float:
     """Over equally many losses, that have moved: a run that learns nothing compares nothing."""
     assert len(losses) == len(other) > 1
+    assert all(map(math.isfinite, [*losses, *other])), f"not finite: {losses}, {other}"
     assert max(other) - min(other) > 0.05, f"no learning: {other}"
     return max(abs(a - b) for a, b in zip(losses, other, strict=True))

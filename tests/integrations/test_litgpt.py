@@ -28,6 +28,13 @@ def test_losses_are_torchs(found):
     record("litgpt", sorted(mine["calls"]), STEPS, difference, version=found["version"])
 
 
+def test_mixed_precision(found):
+    """bf16 products in two orders of summation."""
+    theirs, mine = found["theirs in bf16"], found["mine in bf16"]
+    assert mine["calls"] == found["mine"]["calls"]
+    assert largest_difference(mine["losses"], theirs["losses"]) < 0.02
+
+
 def test_checkpoints_change_hands(found):
     rest = found["mine"]["losses"][ACCUMULATED * STEPS // 2 :]
     assert found["mine, by us"]["losses"] == rest
