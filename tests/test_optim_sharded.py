@@ -1,6 +1,6 @@
 """AdamW on sharded parameters: two processes with FSDP2 are one process without, and their checkpoint reshards.
 
-Run as a file it is one of the processes: `python test_optim_sharded.py RANK STORE OUT`.
+Run as a file it is both processes, forked once everything is imported: `python test_optim_sharded.py STORE OUT`.
 """
 
 import copy
@@ -41,11 +41,6 @@ def one_process(dtype, master, steps):
 
 
 def worker(rank, store, out):
-    import torch.distributed as dist
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     mesh = dist.init_device_mesh("cpu", (2,))
 
@@ -91,19 +86,9 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *(path for path in sys.path if path)])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder / "store"), str(folder / "found")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    command = [sys.executable, __file__, str(folder / "store"), str(folder / "found")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"found.{rank}", weights_only=True) for rank in range(2)]
 
 
@@ -135,4 +120,13 @@ def test_fsdps_own_gradients_and_clipping(found):
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), *sys.argv[2:])
+    import torch._dynamo  # which the first step imports
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    second = os.fork()
+    worker(0 if second else 1, *sys.argv[1:])
+    if second:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
