@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ def run_in(variable: str, made_by: str, script: Path, folder: Path, **environmen
     """
     python = os.environ.get(variable)
     if not python:
-        pytest.skip(f"{variable} must name the interpreter of an environment made by: {made_by}")
+        version = "{}.{}".format(*sys.version_info)  # the native module in this tree was built for it
+        pytest.skip(f"{variable} must name the interpreter of a Python {version} environment made by: {made_by}")
     # This tree and tests/integrations, but not tests, whose folder triton would pass for the package.
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     environment = {**os.environ, **ours, **environment}
     done = subprocess.run(
-        [python, str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+        [python, str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "found.json").read_text())

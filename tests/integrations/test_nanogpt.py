@@ -106,7 +106,7 @@ def found(checkout):
     environment["PYTHONPATH"] = os.pathsep.join([*(path for path in sys.path if path), str(Path(__file__).parents[2])])
     command = [sys.executable, __file__]
     done = subprocess.run(
-        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return {name: json.loads((checkout / f"{name}.json").read_text()) for name in RUNS}
