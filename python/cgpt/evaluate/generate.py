@@ -3,9 +3,9 @@
     token at position t ~ p(. | ids[start(t) : t]),  start(t) = 0 up to t = S, then the least multiple of S // 2 with
                                                      t - start(t) <= S
 
-S is the model's seq_len: a context longer than that slides by half of it at once. Its tokens are then read anew from
-position 0, about one walk of S / 2 tokens every S / 2 tokens, where sliding by one would read all S for each; and that
-holds for every kind of positions. So a token depends on the ids before it, the draw's numbers and nothing else.
+S is the model's seq_len, or fewer: a context longer than that slides by half of it at once. Its tokens are then read
+anew from position 0, about one walk of S / 2 tokens every S / 2 tokens, where sliding by one would read all S for each;
+and that holds for every kind of positions. So a token depends on the ids before it and the draw's numbers alone.
 
 Several prompts grow at once: a layer that streams crosses to the device once a walk, for all of them. Each of them
 gets the tokens that it gets alone, to what rounding leaves: a product of more rows may be summed in another order.
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 
 import torch
 from torch import Tensor
@@ -88,36 +89,44 @@ def generate_batch(
     walk: Executor | None = None,
     at_once: int = AT_ONCE,
     samples: int = 1,
+    context: int | None = None,
 ) -> Iterator[Text]:
     """Each prompt's `samples` continuations, as they grow: yields a Text whenever it has got a token, or has ended.
 
     prompts: token ids each, of any lengths; equal ones get equal tokens, a prompt's samples different ones. at_once:
-    how many grow together, in a cache of `cache_shape`; where one ends the next takes its place. The caller may `end` a
-    Text that it has been given, for whatever reason. The other arguments are `generate`'s; draw None draws at
-    temperature 1. Raises InputError as `generate` does.
+    how many grow together, in a cache of `cache_shape`; where one ends the next takes its place. context: S, at most
+    the model's seq_len, which None means. The caller may `end` a Text that it has been given, for whatever reason. The
+    other arguments are `generate`'s; draw None draws at temperature 1. Raises InputError as `generate` does.
     """
     draw = draw or Draw()
-    _check(model, prompts, max_tokens, at_once, samples)
-    prompts = [list(ids) for ids in prompts]
-    return _grow(model, prompts, max_tokens, draw, eot, walk, at_once, samples)
+    context = model.config.seq_len if context is None else context
+    _check(model.config, prompts, max_tokens, at_once, samples, context)
+    prompts = [list(map(index, ids)) for ids in prompts]
+    texts = (
+        Text(prompt, sample, list(ids), len(ids)) for prompt, ids in enumerate(prompts) for sample in range(samples)
+    )
+    slots, capacity = cache_shape([len(ids) for ids in prompts], max_tokens, context, at_once, samples)
+    return _grow(_Reader(model, slots, capacity, context, walk), texts, max_tokens, draw, eot)
 
 
 def cache_shape(
-    config: GPTConfig, lengths: Sequence[int], max_tokens: int, at_once: int = AT_ONCE, samples: int = 1
+    lengths: Sequence[int], max_tokens: int, context: int, at_once: int = AT_ONCE, samples: int = 1
 ) -> tuple[int, int]:
     """(slots, tokens of each) of the cache that prompts of such lengths take."""
     longest = max(lengths, default=1) + max(0, max_tokens - 1)  # the last token is not read any more
-    return max(1, min(at_once, samples * len(lengths))), min(config.seq_len, longest)
+    return max(1, min(at_once, samples * len(lengths))), min(context, longest)
 
 
-def window_start(length: int, seq_len: int) -> int:
+def window_start(length: int, context: int) -> int:
     """Where the context of the token behind `length` others begins."""
-    hop = max(1, seq_len // 2)
-    return max(0, -((seq_len - length) // hop) * hop)
+    hop = max(1, context // 2)
+    return max(0, -((context - length) // hop) * hop)
 
 
-def _check(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, at_once: int, samples: int) -> None:
-    vocab_size = model.config.vocab_size
+def _check(
+    config: GPTConfig, prompts: Sequence[Sequence[int]], max_tokens: int, at_once: int, samples: int, context: int
+) -> None:
+    vocab_size = config.vocab_size
     for ids in prompts:
         if not len(ids):
             raise InputError("generate: the prompt must be at least one token, got none")
@@ -129,29 +138,17 @@ def _check(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, at_onc
     for name, value in (("at_once", at_once), ("samples", samples)):
         if value < 1:
             raise InputError(f"generate: {name} must be at least 1, got {value}")
+    if not 1 <= context <= config.seq_len:
+        raise InputError(f"generate: context must be 1 to the model's {config.seq_len} positions, got {context}")
 
 
-def _grow(
-    model: GPT,
-    prompts: list[list[int]],
-    max_tokens: int,
-    draw: Draw,
-    eot: int | None,
-    walk: Executor | None,
-    at_once: int,
-    samples: int,
-) -> Iterator[Text]:
-    texts = (
-        Text(prompt, sample, list(ids), len(ids)) for prompt, ids in enumerate(prompts) for sample in range(samples)
-    )
+def _grow(reader: _Reader, texts: Iterator[Text], max_tokens: int, draw: Draw, eot: int | None) -> Iterator[Text]:
     if max_tokens == 0:
         for text in texts:
             text.end("length")
             yield text
         return
-    slots, capacity = cache_shape(model.config, [len(ids) for ids in prompts], max_tokens, at_once, samples)
-    reader = _Reader(model, slots, capacity, walk)
-    free, growing = deque(range(slots)), []
+    free, growing = deque(range(reader.slots)), []
     while True:
         while free and (text := next(texts, None)) is not None:
             text.slot = free.popleft()
@@ -173,23 +170,26 @@ def _grow(
 
 
 class _Reader:
-    """A model and the cache of the texts that it reads."""
+    """A model and the cache of the texts that it reads, made when the first is read."""
 
-    def __init__(self, model: GPT, slots: int, capacity: int, walk: Executor | None):
-        weight = model.wte.weight
-        device = weight.device if walk is None else walk.store.device
-        self.model, self.walk, self.device = model, walk, device
-        self.cache = Cache(model.config, slots, capacity, weight.dtype, device)
+    def __init__(self, model: GPT, slots: int, capacity: int, context: int, walk: Executor | None):
+        self.model, self.walk, self.context = model, walk, context
+        self.slots, self.capacity = slots, capacity
+        self.device = model.wte.weight.device if walk is None else walk.store.device
+        self.cache: Cache | None = None
 
     def read(self, texts: Sequence[Text]) -> list[tuple[Text, Tensor]]:
-        """One walk for the tokens of `texts`, in slot order, that are not held yet, no more than seq_len of them or one
-        each; the texts of which nothing is left to read, with the logits (V,) of the next token, fp64 on the CPU."""
+        """One walk for the tokens of `texts`, in slot order, that are not held yet, no more than `context` of them or
+        one each; the texts of which nothing is left to read, with the logits (V,) of the next token, fp64 on the
+        CPU."""
+        if self.cache is None:
+            dtype = self.model.wte.weight.dtype
+            self.cache = Cache(self.model.config, self.slots, self.capacity, dtype, self.device)
         ids: list[int] = []
         parts, whole = [], []
-        seq_len = self.model.config.seq_len
-        most = max(seq_len, len(texts))
+        most = max(self.context, len(texts))
         for text in texts:
-            start = window_start(len(text.ids), seq_len)
+            start = window_start(len(text.ids), self.context)
             if start != text.start:
                 text.start, text.held = start, 0
             new = text.ids[start + text.held :][: most - len(ids)]

@@ -11,6 +11,7 @@ Idea: Pope et al. 2022 (arXiv 2211.05102, section 2); slots that are filled anew
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class Cache:
             positions += range(held, held + count)
             rows += range(begin + held, begin + held + count)
             last.append(len(rows) - 1)
-        longest = [max(b - a for a, b in zip(ends[:-1], ends[1:], strict=True)) for ends in (queries, keys)]
+        longest = [max(b - a for a, b in itertools.pairwise(ends)) for ends in (queries, keys)]
         ends = [torch.tensor(x, dtype=torch.int32, device=self.device) for x in (queries, keys)]
         indices = [torch.tensor(x, dtype=torch.int64, device=self.device) for x in (positions, rows, last)]
         pasts = [Past(*pair, indices[0], indices[1], keys[-1], *ends, *longest) for pair in self._pairs]

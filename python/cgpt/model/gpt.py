@@ -153,7 +153,8 @@ class GPT(nn.Module):
         """(B, T) int64 -> (B, T, D). Raises InputError for T > seq_len, another shape or dtype, ids off the
         table.
 
-        step: says where packed new tokens, (1, T), stand in their sequences. Ids on a GPU are not read back to be checked: that would stall its stream at every step.
+        step: says where packed new tokens, (1, T), stand in their sequences. Ids on a GPU are not read back to be
+        checked: that would stall its stream at every step.
         """
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise InputError(f"GPT: ids must be (batch, time) int64, got {tuple(ids.shape)} {ids.dtype}")
