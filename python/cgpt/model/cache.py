@@ -46,6 +46,8 @@ class Cache:
     def step(self, parts: Sequence[tuple[int, int, int]]) -> Step:
         """What one walk reads: (slot, tokens that it holds already, new tokens) of each slot that takes part, in slot
         order, which is the order of the packed tokens too. Raises InputError for rows that a slot does not have."""
+        if not parts:
+            raise InputError("Cache: wanted a slot to read, got none")
         positions: list[int] = []
         rows: list[int] = []
         queries, keys, last = [0], [0], []
