@@ -183,7 +183,11 @@ def test_the_cache_is_no_larger_than_asked(model, monkeypatch):
     together(model, [[1] * 20, [4]], 10, at_once=1, samples=2)
     together(model, [[1] * 3], 10, samples=3, context=7)
     assert made == [(3, 12), (1, 24), (3, 7)]
-    assert made == [cache_shape([3, 1, 2], 10, 24, 8), cache_shape([20, 1], 10, 24, 1, 2), cache_shape([3], 10, 7, 8, 3)]
+    assert made == [
+        cache_shape([3, 1, 2], 10, 24, 8),
+        cache_shape([20, 1], 10, 24, 1, 2),
+        cache_shape([3], 10, 7, 8, 3),
+    ]
 
 
 @pytest.mark.parametrize(

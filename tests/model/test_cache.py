@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from definition import error, gpt_logits, lively, tokens
 
 from cgpt.errors import InputError
 from cgpt.model.cache import Cache, cache_bytes
 from cgpt.model.config import GPTConfig
-from definition import error, gpt_logits, lively, tokens
 
 CONFIG = GPTConfig(n_layer=2, n_head=3, d_model=48, d_head=16, d_ff=96, vocab_size=101, seq_len=40)
 SCALES = {"embedding_scale": 7.0, "softmax_scale": 0.2, "residual_scale": 0.5, "logits_scale": 0.4}

@@ -132,18 +132,25 @@ class _Terminal:
     def __init__(self, prompts: Sequence[str], samples: int):
         self.prompt, self.samples = prompts[0], samples
         self.show = self._show if samples == 1 else None
+        self.within_a_line = False
 
     def begin(self) -> None:
         if self.samples == 1:
             self._show(self.prompt)
 
     def _show(self, piece: str) -> None:
+        self.within_a_line = True
         print(piece, end="", flush=True)
 
     def __call__(self, written: Written) -> None:
         if self.samples > 1:
-            print(f"--- {written.sample + 1} of {self.samples}\n{written.prompt}{written.text}", end="")
-        print(flush=True)
+            self._show(f"--- {written.sample + 1} of {self.samples}\n{written.prompt}{written.text}")
+        self.close()
+
+    def close(self) -> None:
+        if self.within_a_line:
+            print(flush=True)
+        self.within_a_line = False
 
 
 class _Lines:
@@ -166,8 +173,11 @@ class _Lines:
 def _writer(command: Generate, prompts: Sequence[str]) -> Iterator[_Terminal | _Lines]:
     """Where texts go. A file has its name once this ends: not by an error, and not by Ctrl-C before the first text."""
     if command.out in (None, PIPE):
-        plain = command.out is None and command.prompts is None
-        yield _Terminal(prompts, command.num_samples) if plain else _Lines(sys.stdout)
+        if command.out is None and command.prompts is None:
+            with contextlib.closing(_Terminal(prompts, command.num_samples)) as terminal:
+                yield terminal
+        else:
+            yield _Lines(sys.stdout)
         return
     path = command.out
     if path.is_dir():
