@@ -1,4 +1,4 @@
-"""Prompts that grow together: each gets what it gets alone, wherever the layers live, in walks that all of them share."""
+"""Prompts that grow together: each gets what it gets alone, wherever the layers live, in walks that all share."""
 
 from dataclasses import replace
 

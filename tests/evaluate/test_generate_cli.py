@@ -193,11 +193,11 @@ def test_layers_give_way_to_keys_and_values_on_a_gpu(folder, monkeypatch):
 
 def test_whoever_watches_is_told_how_fast(generate, folder, monkeypatch):
     monkeypatch.setattr(console, "interactive", lambda: True)
-    code, out, err = generate("--prompt", "the", "--max-tokens", 5)
+    code, _, err = generate("--prompt", "the", "--max-tokens", 5)
     assert code == 0
     assert re.fullmatch(r"5 tokens in [\d.]+ s: [\d.e+]+ tokens/s\n", err)
     (folder / "two.txt").write_text("a\nb\n")
-    code, out, err = generate("--prompts", "two.txt", "--max-tokens", 5, "--out", "two.jsonl")
+    _, _, err = generate("--prompts", "two.txt", "--max-tokens", 5, "--out", "two.jsonl")
     assert "2/2" in err
     assert re.search(r"10 tokens in [\d.]+ s", err)
 
