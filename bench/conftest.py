@@ -28,11 +28,11 @@ def pytest_configure(config):
 
 @pytest.fixture
 def versus(benchmark, request):
-    """versus(ours, peers, flops=None, bytes=None, tokens=None, limits={}): times `ours` with each peer run just before every round.
+    """versus(ours, peers, flops=, bytes=, tokens=, limits={}): times `ours` with each peer run just before every round.
 
     `peers` maps a name to a callable. Records medians in seconds, the ratio best peer / ours (above 1: we are
-    faster), and the rate where `flops`, `bytes` or `tokens` of one call are given. `limits` are timed like the peers and count in
-    no ratio: what the machine can do at best.
+    faster), and the rate where `flops`, `bytes` or `tokens` of one call are given. `limits` are timed like the peers
+    and count in no ratio: what the machine can do at best.
     """
 
     def measure(ours, peers, *, flops=None, bytes=None, tokens=None, limits=None, seconds=3.0):
