@@ -13,6 +13,7 @@ from cgpt.model.gpt import GPT
 from cgpt.stream.build import build
 from cgpt.stream.executor import Executor
 from cgpt.stream.format import Format
+from cgpt.stream.limits import Limits
 from cgpt.stream.placement import Placement
 from cgpt.stream.store import Store
 
@@ -188,6 +189,14 @@ def test_the_cache_is_no_larger_than_asked(model, monkeypatch):
         cache_shape([20, 1], 10, 24, 1, 2),
         cache_shape([3], 10, 7, 8, 3),
     ]
+
+
+def test_memory_that_is_not_there_is_refused_with_both_numbers(model, monkeypatch):
+    monkeypatch.setattr(module, "limits", lambda: Limits({"free memory": 2 * 2 * 3 * 24 * 32 * 4 - 1}))
+    growing = generate_batch(model, [[1] * 20] * 3, 10)
+    with pytest.raises(InputError, match=r"keys and values of 3 texts of 24 tokens want 36\.00 KiB, got 35\.99 KiB"):
+        next(growing)
+    assert len(list(generate_batch(model, [[1] * 20] * 3, 10, at_once=2))) == 30
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -246,6 +248,15 @@ def test_a_real_signal_ends_it_cleanly(folder):
     assert begun.startswith("the whale")
     assert rest.endswith("\n")
     assert err == "cgpt: interrupted\n"
+
+
+def test_what_is_no_file_is_written_to_as_it_is(generate, folder):
+    os.mkfifo(folder / "pipe")
+    reader = subprocess.Popen(["cat", folder / "pipe"], stdout=subprocess.PIPE, text=True)
+    assert generate("--prompt", "a", "--max-tokens", 3, "--out", "pipe") == (0, "", "")
+    (row,) = rows(reader.communicate(timeout=30)[0])
+    assert (row["prompt"], len(row["tokens"])) == ("a", 3)
+    assert (folder / "pipe").is_fifo()
 
 
 def test_an_error_on_the_way_leaves_no_file(generate, folder, monkeypatch):

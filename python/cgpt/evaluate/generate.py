@@ -23,10 +23,11 @@ from torch import Tensor
 
 from cgpt.errors import InputError
 from cgpt.evaluate.sampling import Draw
-from cgpt.model.cache import Cache, Step
+from cgpt.model.cache import Cache, Step, cache_bytes
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
 from cgpt.stream.executor import Executor
+from cgpt.stream.limits import bytes_text, limits
 
 AT_ONCE = 8  # prompts that grow together
 
@@ -73,7 +74,8 @@ def generate(
     temperature 0 takes the most probable token (the lowest id among equals); top_k 0 and top_p 1 cut nothing.
     Ends before max_tokens when `eot` is drawn, which is not yielded. Past the model's seq_len the context slides, as
     the module says. walk: runs the model where its weights are not all on the device. Raises InputError at the call for
-    bad arguments, and at a step whose logits are not finite.
+    bad arguments, at the first step where there is no memory for keys and values, and at a step whose logits are not
+    finite.
     """
     draw = Draw(temperature, top_k, top_p, seed)
     growing = generate_batch(model, [ids], max_tokens, draw, eot, walk)
@@ -183,8 +185,7 @@ class _Reader:
         one each; the texts of which nothing is left to read, with the logits (V,) of the next token, fp64 on the
         CPU."""
         if self.cache is None:
-            dtype = self.model.wte.weight.dtype
-            self.cache = Cache(self.model.config, self.slots, self.capacity, dtype, self.device)
+            self.cache = self._make_cache()
         ids: list[int] = []
         parts, whole = [], []
         most = max(self.context, len(texts))
@@ -200,6 +201,19 @@ class _Reader:
                 whole.append(text if start + text.held == len(text.ids) else None)
         logits = self._logits(torch.tensor([ids], device=self.device), self.cache.step(parts))
         return [(text, row) for text, row in zip(whole, logits, strict=True) if text is not None]
+
+    def _make_cache(self) -> Cache:
+        """Raises InputError, with both numbers, where there is no memory for it."""
+        config, dtype = self.model.config, self.model.wte.weight.dtype
+        wanted = cache_bytes(config, self.slots, self.capacity, dtype.itemsize)
+        left = limits().host if self.device.type == "cpu" else None
+        try:
+            if left is None or wanted <= left:
+                return Cache(config, self.slots, self.capacity, dtype, self.device)
+        except torch.OutOfMemoryError:
+            left = torch.cuda.mem_get_info(self.device)[0]
+        what = f"keys and values of {self.slots} texts of {self.capacity} tokens"
+        raise InputError(f"generate: {what} want {bytes_text(wanted, up=True)}, got {bytes_text(left)} of free memory")
 
     @torch.no_grad()  # here, not around the loop: a generator's context would leak to its caller between tokens
     def _logits(self, ids: Tensor, step: Step) -> Tensor:

@@ -182,6 +182,10 @@ def _writer(command: Generate, prompts: Sequence[str]) -> Iterator[_Terminal | _
     path = command.out
     if path.is_dir():
         raise InputError(f"--out: wanted a file, got the folder {path}")
+    if path.exists() and not path.is_file():  # /dev/null, or a named pipe, whose name no file must take
+        with path.open("w", encoding="utf-8") as file:
+            yield _Lines(file)
+        return
     temporary = path.with_name(path.name + ".tmp")
     interrupted = None
     try:
