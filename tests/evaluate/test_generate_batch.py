@@ -176,6 +176,31 @@ def test_without_long_prompts_a_token_is_a_walk(model, monkeypatch):
     assert read == [4, *[2] * 9, 2, *[1] * 9]
 
 
+@pytest.mark.parametrize("name", ["learned", "rotary", "alibi"])
+def test_a_prompt_is_read_once_for_its_samples(monkeypatch, name):
+    """Of prompts within and past the context; the third sample comes when the first two have gone on."""
+    model, read = varied(VARIANTS[name]), []
+    embed = GPT.embed
+    monkeypatch.setattr(GPT, "embed", lambda self, ids, step: read.append(ids.shape[1]) or embed(self, ids, step))
+    found = together(model, [[9] * 5 + [3] * 15], 4, Draw(seed=1), samples=3, at_once=2)
+    assert read == [20, 2, 2, 2, 2, 1, 1, 1]
+    prompts = [[1], [2, 7], [4] * 9, list(range(60)), [4] * 9]
+    found = together(model, prompts, 20, Draw(seed=1), samples=5, at_once=7)
+    for (prompt, sample), (tokens, _) in found.items():
+        alone = list(grown_alone(model, prompts[prompt], 20, Draw(seed=1), sample))
+        assert tokens == alone
+
+
+def grown_alone(model, ids, count, draw, sample):
+    """By the definition: a whole forward over the window for each token."""
+    ids = list(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[window_start(len(ids), 24) :]]))[0, -1]
+        ids.append(draw.token(logits.double(), len(ids), sample))
+    return ids[-count:]
+
+
 def test_the_cache_is_no_larger_than_asked(model, monkeypatch):
     made = []
     cache = module.Cache

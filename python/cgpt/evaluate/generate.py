@@ -96,9 +96,10 @@ def generate_batch(
     """Each prompt's `samples` continuations, as they grow: yields a Text whenever it has got a token, or has ended.
 
     prompts: token ids each, of any lengths; equal ones get equal tokens, a prompt's samples different ones. at_once:
-    how many grow together, in a cache of `cache_shape`; where one ends the next takes its place. context: S, at most
-    the model's seq_len, which None means. The caller may `end` a Text that it has been given, for whatever reason. The
-    other arguments are `generate`'s; draw None draws at temperature 1. Raises InputError as `generate` does.
+    how many grow together, in a cache of `cache_shape`; where one ends the next takes its place. A prompt is read once
+    for all its samples that grow together. context: S, at most the model's seq_len, which None means. The caller may
+    `end` a Text that it has been given, for whatever reason. The other arguments are `generate`'s; draw None draws at
+    temperature 1. Raises InputError as `generate` does.
     """
     draw = draw or Draw()
     context = model.config.seq_len if context is None else context
@@ -189,7 +190,7 @@ class _Reader:
         ids: list[int] = []
         parts, whole = [], []
         most = max(self.context, len(texts))
-        for text in texts:
+        for text in self._with_prompts_shared(texts):
             start = window_start(len(text.ids), self.context)
             if start != text.start:
                 text.start, text.held = start, 0
@@ -201,6 +202,23 @@ class _Reader:
                 whole.append(text if start + text.held == len(text.ids) else None)
         logits = self._logits(torch.tensor([ids], device=self.device), self.cache.step(parts))
         return [(text, row) for text, row in zip(whole, logits, strict=True) if text is not None]
+
+    def _with_prompts_shared(self, texts: Sequence[Text]) -> list[Text]:
+        """`texts` but those that wait for another of their prompt, which reads it; those that it has read it for get
+        all of it but the last token, whose logits they are to have."""
+        starts = {text: window_start(text.n_prompt, self.context) for text in texts}
+        readers = {text.prompt: text for text in reversed(texts) if text.held and text.start == starts[text]}
+        ready = []
+        for text in texts:
+            if not text.held and len(text.ids) == text.n_prompt:
+                reader, shared = readers.setdefault(text.prompt, text), text.n_prompt - starts[text] - 1
+                if reader is not text:
+                    if reader.held < shared:
+                        continue
+                    self.cache.copy(reader.slot, text.slot, shared)
+                    text.start, text.held = starts[text], shared
+            ready.append(text)
+        return ready
 
     def _make_cache(self) -> Cache:
         """Raises InputError, with both numbers, where there is no memory for it."""

@@ -70,6 +70,13 @@ class Cache:
         pasts = [Past(*pair, indices[0], indices[1], keys[-1], *ends, *longest) for pair in self._pairs]
         return Step(indices[0], indices[2], pasts)
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Gives slot `target` the first `count` rows of slot `source`."""
+        begins = source * self.capacity, target * self.capacity
+        for memory in itertools.chain.from_iterable(self._pairs):
+            there, here = (memory[:, begin : begin + count] for begin in reversed(begins))
+            there.copy_(here)
+
 
 @dataclass(frozen=True)
 class Step:
