@@ -126,13 +126,15 @@ def open_trained(
     sequences: int = 1,
     batches: int = 1,
     say: Callable[[str], None] | None = None,
+    cache: int = 0,
 ) -> tuple[Recipe, dict, GPT, Store]:
     """A run's (recipe, identity of its data, model, store) for reading: weights of its newest whole checkpoint.
 
     They live on the device where they fit in `room` (default: all that a CPU has free) beside the forward of
-    `sequences`, else where there is room; `batches`: the most that a walk then takes through a layer; `say` is
-    told where they live. A model that streams is run by an Executor. The caller closes the store. Raises InputError,
-    with both numbers, where no placement fits, before the checkpoint is read, which takes a few MB beside it.
+    `sequences` and `cache` bytes of keys and values, else where there is room; `batches`: the most that a walk then
+    takes through a layer; `say` is told where they live. A model that streams is run by an Executor. The caller closes
+    the store. Raises InputError, with both numbers, where no placement fits, before the checkpoint is read, which takes
+    a few MB beside it.
     """
     from cgpt.placing import (  # which need tyro; saving a model that streams does not
         Room,
@@ -144,7 +146,7 @@ def open_trained(
     room = room or Room()
     recipe, identity = read_config(run)
     check_device(room.device)
-    placement = place_reading(recipe, room, sequences, batches).placement
+    placement = place_reading(recipe, room, sequences, batches, cache).placement
     path, manifest, _ = newest(run / CHECKPOINTS)
     format = replace(recipe.format, training=False)
     model, store = build(recipe.shape, format, room.device, placement=placement, disk=room.disk)

@@ -25,8 +25,9 @@ import tyro
 
 from cgpt.errors import InputError
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
+from cgpt.generate_flags import Generate
 from cgpt.planning.flags import Plan
-from cgpt.read_flags import Eval, Generate
+from cgpt.read_flags import Eval
 from cgpt.train_flags import Int, Switch, TrainConfig
 
 
@@ -261,22 +262,10 @@ def _eval(command: Eval) -> None:
 
 
 def _generate(command: Generate) -> None:
-    from cgpt.checkpoint import open_tokenizer, open_trained
-    from cgpt.evaluate.generate import generate
-    from cgpt.stream.executor import Executor
+    from cgpt.console import interactive
+    from cgpt.evaluate.write_run import write_run
 
-    _, identity, model, store = open_trained(command.run, command.room(), say=_say_placed)
-    walk = Executor(store) if store.placement.streams else None
-    tokenizer = open_tokenizer(command.run, identity)
-    eot = tokenizer.eot
-    ids = tokenizer.encode_ordinary(command.prompt) or [eot]
-    found = generate(
-        model, ids, command.max_tokens, command.temperature, command.top_k, command.top_p, command.seed, eot, walk
-    )
-    print(command.prompt, end="", flush=True)
-    for text in tokenizer.stream(found):
-        print(text, end="", flush=True)
-    print()
+    write_run(command, live=interactive(), say=_say_placed)
 
 
 def _say_placed(where: str) -> None:
