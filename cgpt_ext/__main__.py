@@ -26,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="replace")
-    faulthandler.enable()  # a kernel that crashes should leave word of where
     try:
         return run(options.check, options.json)
     except BrokenPipeError:  # the reader of our output has left
@@ -51,4 +50,5 @@ def run(check: bool, as_json: bool, **more) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a kernel that crashes should leave word of where
     sys.exit(main())

@@ -30,14 +30,14 @@ ENVIRONMENT = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING"),
     *("TRITON_INTERPRET", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TORCH_LOGS", "LD_PRELOAD"),
 )
-REBUILD = "install it anew from source: pip install --force-reinstall --no-deps --no-binary cgpt-ext cgpt-ext"
+REBUILD = "build it anew: pip install --force-reinstall --no-deps . in the source tree"
 # What the loader's words about _native mean for its user.
 ADVICE = (
     (r"GLIBC(XX)?_[\d.]+' not found|CXXABI", f"it was built on a newer system; {REBUILD}"),
     (r"undefined symbol|symbol not found", f"it is of another version or of another Python; {REBUILD}"),
     (
-        r"wrong ELF class|invalid ELF header|file too short|Exec format",
-        f"its file is damaged or of another machine; {REBUILD}",
+        r"wrong ELF class|ELF header|file too short|Exec format",
+        f"its file is broken or another machine's; {REBUILD}",
     ),
     (r"cannot open shared object file", "install the library that it names"),
     (r"No module named '(?!cgpt_ext)", "install the package that it names"),
@@ -102,7 +102,12 @@ def native() -> dict:
         importlib.import_module("cgpt_ext.ops")
         importlib.import_module("cgpt_ext.nn")
     except Exception as error:  # torch, most likely
-        return {"loads": True, "error": _words(error), "advice": "mend torch: the module itself is sound", **built}
+        return {
+            "loads": True,
+            "error": _words(error),
+            "advice": "mend that: the native module itself is sound",
+            **built,
+        }
     return {"loads": True, "error": None, "advice": None, **built}
 
 
@@ -151,9 +156,8 @@ def _cuda_problem(found: dict, said: str, nvcc: str) -> str | None:
         if found["torch"] is not None:
             return said or "torch finds no CUDA device"
         there = driver.get("version") or driver.get("cuda") or driver.get("gpus")
-        return "torch is a build for CPUs" + (
-            "; for the GPU that is there, install torch's CUDA build" if there else ""
-        )
+        advice = "; there is a GPU: install torch's CUDA build for it" if there else ""
+        return f"torch is a build for CPUs{advice}"
     if not nvcc:
         return "this build has no CUDA kernels: pip install . --config-settings cuda=pypi in the source tree"
     newest = driver.get("cuda")

@@ -16,7 +16,7 @@ def show(found: dict) -> str:
     for i, gpu in enumerate(found["cuda"].get("gpus", ())):
         rows[f"gpu {i}"] = _text(_sized(gpu), "{name}, compute capability {capability}, {memory}; {code}")
     rows["optional"] = _packages_text(found["optional"])
-    rows["environment"] = " ".join(f"{name}={value}" for name, value in found["environment"].items()) or "nothing set"
+    rows["environment"] = _text(found["environment"], " ".join(f"{name}={{{name}}}" for name in found["environment"]))
     lines = [f"{name:14} {text}" for name, text in rows.items()]
     if "failed" not in found["ops"]:
         lines.append("")
