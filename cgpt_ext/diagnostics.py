@@ -105,7 +105,7 @@ def native() -> dict:
         return {
             "loads": True,
             "error": _words(error),
-            "advice": "mend that: the native module itself is sound",
+            "advice": "mend that: the native module is sound",
             **built,
         }
     return {"loads": True, "error": None, "advice": None, **built}
