@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit code: 0; 1 where the native module does not load or an op is wrong.",
     )
     parser.add_argument(
-        "--check", action="store_true", help="run every op on a tiny problem against its reference, on each device"
+        "--check", action="store_true", help="run each op on a tiny problem against its reference, on every device"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
@@ -43,7 +43,9 @@ def run(check: bool, as_json: bool, **more) -> int:
         list(rows)
         print(json.dumps(found, indent=1), flush=True)
     else:
-        print(show(found), end="\n\n" if check else "\n", flush=True)
+        print(show(found), flush=True)
+        if check:
+            print("\nlargest error against the reference in fp64, as a share of the largest value:", flush=True)
         for line in show_check(rows):
             print(line, flush=True)
     return 0 if diagnostics.sound(found) else 1

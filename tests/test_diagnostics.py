@@ -302,7 +302,7 @@ def test_names_are_taken_out(monkeypatch):
     found = diagnostics.report()["environment"]
     assert found["CUDA_VISIBLE_DEVICES"] == "GPU-..."
     assert found["LD_PRELOAD"] == "libjemalloc.so.2 other.so"
-    here = diagnostics.without_names(f"{sys.prefix}/lib/a.so and {ROOT}/cgpt_ext/_native.so and {Path.home()}/b")
+    here = diagnostics.without_names(f"{sys.prefix}/lib/a.so and {diagnostics.HERE}/_native.so and {Path.home()}/b")
     assert here == "<python>/lib/a.so and <packages>/cgpt_ext/_native.so and ~/b"
     assert diagnostics.without_names(f"{sys.prefix}-other/a") == f"{sys.prefix}-other/a"
 
