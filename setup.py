@@ -80,6 +80,11 @@ def nvcc_version(home):
     return release[1] if release else ""
 
 
+def compression(version):
+    """nvcc's flag for a quarter of the size; older drivers than those of CUDA 13 may not be able to unpack it."""
+    return ["--compress-mode=size"] if int(version.split(".")[0] or 0) >= 13 else []
+
+
 def cuda_archs():
     archs = os.environ.get("CGPT_CUDA_ARCHS", "80;90a")
     if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", archs):
@@ -138,7 +143,8 @@ class NinjaBuildExt(build_ext):
         home = cuda_home()
         includes = " ".join(f"-isystem {quote(p)}" for p in (pybind11.get_include(), sysconfig.get_path("include")))
         defines = "-DCGPT_CUDA" if home else ""
-        words = {"CGPT_NVCC": nvcc_version(home), "CGPT_CUDA_ARCHS": ";".join(cuda_archs())} if home else {}
+        version = nvcc_version(home) if home else ""
+        words = {"CGPT_NVCC": version, "CGPT_CUDA_ARCHS": ";".join(cuda_archs())} if home else {}
         built_with = " ".join(f"-D{name}=" + quote(f'"{word}"') for name, word in words.items())
         cxx = os.environ.get("CXX", "g++")
         file = Ninja()
@@ -161,7 +167,7 @@ class NinjaBuildExt(build_ext):
             file.rule(
                 "nvcc",
                 f"{quote(home / 'bin' / 'nvcc')} -std=c++17 -O3 -fmad=false -ccbin {cxx} -Xcompiler {host}"
-                f" {' '.join(gencode(cuda_archs()))} $flags -MD -MF $out.d -c $in -o $out",
+                f" {' '.join(gencode(cuda_archs()) + compression(version))} $flags -MD -MF $out.d -c $in -o $out",
             )
             for source in sorted((csrc / "cuda").glob("*.cu")):
                 file.compile("nvcc", source, f"cuda_{source.stem}")

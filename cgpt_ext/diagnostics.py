@@ -97,7 +97,7 @@ def native() -> dict:
         module = importlib.import_module("cgpt_ext._native")
     except Exception as error:  # a module that raises on import can raise anything
         return {"loads": False, "error": _words(error), "advice": advice(_words(error))}
-    built = {"cuda_kernels": module.has_cuda_kernels, **getattr(module, "built_with", {})}
+    built = {"cuda_kernels": module.has_cuda_kernels, **module.built_with}
     try:
         importlib.import_module("cgpt_ext.ops")
         importlib.import_module("cgpt_ext.nn")
@@ -132,12 +132,12 @@ def cuda() -> dict:
         found["available"] = torch.cuda.is_available()
         count = torch.cuda.device_count() if found["available"] else 0
     built = native()
-    nvcc, archs = (built.get("nvcc") or "", built.get("archs") or "") if built.get("cuda_kernels") else ("", "")
-    found["problem"] = _cuda_problem(found, " ".join(" ".join(str(w.message) for w in said).split()), nvcc)
+    found["problem"] = _cuda_problem(found, " ".join(" ".join(str(w.message) for w in said).split()), built)
     for i in range(count):
         gpu = torch.cuda.get_device_properties(i)
         row = {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory}
-        found["gpus"].append(row | {"code": code_for(gpu.major, gpu.minor, archs)})
+        code = code_for(gpu.major, gpu.minor, built["archs"]) if built["loads"] else "unknown"
+        found["gpus"].append(row | {"code": code})
     return found
 
 
@@ -149,7 +149,7 @@ def environment() -> dict[str, str]:
     return found
 
 
-def _cuda_problem(found: dict, said: str, nvcc: str) -> str | None:
+def _cuda_problem(found: dict, said: str, built: dict) -> str | None:
     """Why no GPU is of use here; None where one is, or might be."""
     driver = found["driver"]
     if not found["available"]:
@@ -158,10 +158,12 @@ def _cuda_problem(found: dict, said: str, nvcc: str) -> str | None:
         there = driver.get("version") or driver.get("cuda") or driver.get("gpus")
         advice = "; there is a GPU: install torch's CUDA build for it" if there else ""
         return f"torch is a build for CPUs{advice}"
-    if not nvcc:
+    if not built["loads"]:
+        return "the native module does not load"
+    if not built["cuda_kernels"]:
         return "this build has no CUDA kernels: pip install . --config-settings cuda=pypi in the source tree"
-    newest = driver.get("cuda")
-    if newest and int(newest.split(".")[0]) < int(nvcc.split(".")[0]):
+    newest, nvcc = driver.get("cuda"), built["nvcc"]
+    if newest and nvcc and int(newest.split(".")[0]) < int(nvcc.split(".")[0]):
         return f"the driver runs CUDA up to {newest}, and the kernels were built with {nvcc}: a newer driver is needed"
     return None
 

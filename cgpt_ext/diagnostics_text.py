@@ -16,7 +16,8 @@ def show(found: dict) -> str:
     for i, gpu in enumerate(found["cuda"].get("gpus", ())):
         rows[f"gpu {i}"] = _text(_sized(gpu), "{name}, compute capability {capability}, {memory}; {code}")
     rows["optional"] = _packages_text(found["optional"])
-    rows["environment"] = _text(found["environment"], " ".join(f"{name}={{{name}}}" for name in found["environment"]))
+    variables = " ".join(f"{name}={{{name}}}" for name in found["environment"])
+    rows["environment"] = _text(found["environment"], variables) or "nothing set"
     lines = [f"{name:14} {text}" for name, text in rows.items()]
     if "failed" not in found["ops"]:
         lines.append("")
@@ -72,13 +73,9 @@ def _native_text(part: dict) -> str:
         return _text(part)
     if not part["loads"]:
         return f"DOES NOT LOAD: {part['error']}; {part['advice']}"
-    cuda_kernels = (
-        f"CUDA kernels by nvcc {part.get('nvcc')} for {part.get('archs')}"
-        if part["cuda_kernels"]
-        else "no CUDA kernels"
-    )
-    problem = f"; but OPS DO NOT LOAD: {part['error']}; {part['advice']}" if part["error"] else ""
-    return f"loads; built by {part.get('compiler', 'unknown')}, {cuda_kernels}{problem}"
+    kernels = "CUDA kernels by nvcc {nvcc} for {archs}" if part["cuda_kernels"] else "no CUDA kernels"
+    problem = "; but OPS DO NOT LOAD: {error}; {advice}" if part["error"] else ""
+    return _text(part, "loads; built by {compiler}, " + kernels + problem)
 
 
 def _cuda_text(part: dict) -> str:

@@ -181,7 +181,8 @@ def test_the_code_that_a_gpu_runs(capability, archs, wanted):
 def gpu(monkeypatch):
     """A machine with an H100, a build for it and a driver of CUDA 13."""
     hopper = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30)
-    built = {"loads": True, "error": None, "cuda_kernels": True, "nvcc": "13.0.88", "archs": "80;90a"}
+    built = {"loads": True, "error": None, "cuda_kernels": True}
+    built |= {"compiler": "gcc 12.2.0", "nvcc": "13.0.88", "archs": "80;90a"}
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -192,7 +193,7 @@ def gpu(monkeypatch):
     return SimpleNamespace(built=built, driver=driver)
 
 
-def test_a_gpu_is_named_with_the_code_it_runs(gpu):
+def test_a_gpu_is_named_with_the_code_it_runs(gpu, monkeypatch):
     found = diagnostics.report()
     assert found["cuda"]["problem"] is None
     text = show(found)
@@ -207,6 +208,9 @@ def test_a_gpu_is_named_with_the_code_it_runs(gpu):
     gpu.built |= {"cuda_kernels": False, "nvcc": "", "archs": ""}
     assert "--config-settings cuda=pypi" in diagnostics.cuda()["problem"]
     assert diagnostics.cuda()["gpus"][0]["code"] == "none: this build has no CUDA kernels"
+    monkeypatch.setattr(diagnostics, "native", lambda: {"loads": False, "error": "why", "advice": "what"})
+    assert diagnostics.cuda()["problem"] == "the native module does not load"
+    assert diagnostics.cuda()["gpus"][0]["code"] == "unknown"
 
 
 def test_why_a_gpu_is_of_no_use_is_said(gpu, monkeypatch):
@@ -301,6 +305,8 @@ def test_names_are_taken_out(monkeypatch):
     assert json.loads(text) == {"a": ["~/lib/x.so", ["/scratch/<user>/y.so", 3]], "b": "ada.so"}
     found = diagnostics.report()["environment"]
     assert found["CUDA_VISIBLE_DEVICES"] == "GPU-..."
+    monkeypatch.setattr(diagnostics, "ENVIRONMENT", ())
+    assert "environment    nothing set" in show(diagnostics.report())
     assert found["LD_PRELOAD"] == "libjemalloc.so.2 other.so"
     here = diagnostics.without_names(f"{sys.prefix}/lib/a.so and {diagnostics.HERE}/_native.so and {Path.home()}/b")
     assert here == "<python>/lib/a.so and <packages>/cgpt_ext/_native.so and ~/b"

@@ -105,6 +105,11 @@ def test_architectures_are_read_or_refused():
         )
 
 
+def test_kernels_are_packed_where_every_driver_can_unpack_them():
+    packed = "; ".join(f"print(setup.compression({version!r}))" for version in ("13.0.88", "14.1", "12.9.1", ""))
+    assert setup(packed).splitlines() == ["['--compress-mode=size']"] * 2 + ["[]"] * 2
+
+
 def test_the_sdist_holds_what_a_build_needs_and_nothing_else(tmp_path):
     """From a copy of the tree, so that what an earlier build left beside it can neither help nor harm."""
     pytest.importorskip("setuptools", minversion="77")
