@@ -2,9 +2,9 @@
 
     train   plan   fit   coord-check   sweep   ablate   eval   generate   data prepare   data info   info
 
-Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
-(128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
-is asked for.
+Exit codes: 0 done; 1 `info` found an op wrong; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or
+143 after Ctrl-C or SIGTERM (128 and the signal's number, as shells count), with the run saved. Nothing heavy is
+imported before it is known what is asked for.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import tyro
 from cgpt.errors import InputError
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.generate_flags import Generate
+from cgpt.info_flags import Info
 from cgpt.planning.flags import Plan
 from cgpt.read_flags import Eval
 from cgpt.train_flags import Int, Switch, TrainConfig
@@ -84,14 +85,6 @@ class Fit:
     """Print JSON."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Draw points, fit and what it foretells (.png, .svg, .pdf)."""
-
-
-@dataclass(frozen=True)
-class Info:
-    """Presets with their exact sizes, and which implementation serves each op on this machine, and why."""
-
-    json: Switch = False
-    """Print JSON."""
 
 
 Command = (
@@ -169,10 +162,14 @@ def run(command) -> int:
         return _train(command)
     if isinstance(command, Sweep | Ablate):
         return _experiment(command)
+    if isinstance(command, Info):
+        from cgpt.info import info
+
+        return info(command)
     if isinstance(command, Data):
         command = command.command
     steps = {Plan: _plan, Fit: _fit, CoordCheck: _coord_check, Eval: _eval, Generate: _generate}
-    steps |= {Prepare: _prepare, DataInfo: _data_info, Info: _info}
+    steps |= {Prepare: _prepare, DataInfo: _data_info}
     steps[type(command)](command)
     return 0
 
@@ -302,54 +299,3 @@ def _show(dataset, as_json: bool) -> None:
         return
     for name, value in rows.items():
         print(f"{name:10} {f'{value:,}' if isinstance(value, int) else value}")
-
-
-def _info(command: Info) -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from cgpt.model.presets import PRESETS
-    from cgpt_ext import dispatch
-
-    try:
-        own = version("cgpt-ext")
-    except PackageNotFoundError:  # run from a source tree
-        own = None
-    cuda = torch.cuda.is_available()
-    found = {
-        "version": own,
-        "torch": torch.__version__,
-        "cuda": {"available": cuda, "device": torch.cuda.get_device_name() if cuda else None},
-        **dispatch.report(),
-        "presets": {name: _preset(preset) for name, preset in PRESETS.items()},
-    }
-    if command.json:
-        print(json.dumps(found, indent=1))
-        return
-    cpu = found["cpu"]
-    print(f"cgpt-ext {own}, torch {torch.__version__}, cuda {found['cuda']['device'] or 'not found'}")
-    print(f"cpu {cpu['isa']} of {', '.join(cpu['available'])}; {cpu['threads']} threads\n")
-    print(f"{'preset':8} {'parameters':>14}  layers  width  heads  d_head  positions")
-    for name, row in found["presets"].items():
-        print(
-            f"{name:8} {row['parameters']:14,}  {row['n_layer']:6}  {row['d_model']:5}  {row['n_head']:5}  "
-            f"{row['d_head']:6}  {row['seq_len']:9}"
-        )
-    print()
-    for op, devices in found["ops"].items():
-        for device, row in devices.items():
-            print(f"{op:14} {device:12} {row['implementation']:10} {row['why']}")
-
-
-def _preset(preset) -> dict:
-    return {
-        "parameters": preset.config.n_params,
-        **preset.config.to_dict(),
-        "steps": preset.steps,
-        "tokens": preset.tokens,
-        "batch_schedule": preset.batch_schedule,
-        "lr": preset.lr,
-        "warmup_tokens": preset.warmup_tokens,
-        "decay": preset.decay,
-    }
