@@ -1,6 +1,7 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   fit   coord-check   sweep   ablate   eval   generate   data prepare   data info   info
+    train   plan   fit   coord-check   sweep   ablate   eval   generate   import   export
+    data prepare   data info   info
 
 Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
 (128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
@@ -25,6 +26,7 @@ import tyro
 
 from cgpt.errors import InputError
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
+from cgpt.interchange.flags import Export, Import
 from cgpt.planning.flags import Plan
 from cgpt.read_flags import Eval, Generate
 from cgpt.train_flags import Int, Switch, TrainConfig
@@ -102,6 +104,8 @@ Command = (
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -171,7 +175,7 @@ def run(command) -> int:
     if isinstance(command, Data):
         command = command.command
     steps = {Plan: _plan, Fit: _fit, CoordCheck: _coord_check, Eval: _eval, Generate: _generate}
-    steps |= {Prepare: _prepare, DataInfo: _data_info, Info: _info}
+    steps |= {Import: _import, Export: _export, Prepare: _prepare, DataInfo: _data_info, Info: _info}
     steps[type(command)](command)
     return 0
 
@@ -277,6 +281,18 @@ def _generate(command: Generate) -> None:
     for text in tokenizer.stream(found):
         print(text, end="", flush=True)
     print()
+
+
+def _import(command: Import) -> None:
+    from cgpt.interchange.commands import run_import
+
+    run_import(command)
+
+
+def _export(command: Export) -> None:
+    from cgpt.interchange.commands import run_export
+
+    run_export(command)
 
 
 def _say_placed(where: str) -> None:

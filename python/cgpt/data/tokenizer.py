@@ -121,6 +121,13 @@ def gpt2() -> Tokenizer:
     return Tokenizer(strings)
 
 
+def gpt2_letters() -> tuple[dict[str, int], list[list[str]]]:
+    """GPT-2's vocabulary without `<|endoftext|>` and its merges, as tokenizer.json spells them: a letter a byte."""
+    letters = {byte: letter for letter, byte in _byte_of_letter().items()}
+    ranks = {"".join(letters[byte] for byte in string): rank for rank, string in enumerate(gpt2().strings)}
+    return ranks, [line.split(" ") for line in _merge_lines()]
+
+
 def read_tokenizer(path: Path, wanted: str | None = None) -> Tokenizer:
     """The vocabulary of a `tokenizer.json` that `vocabulary.learn` wrote. Reading it needs no tokenizers package.
 
