@@ -293,6 +293,14 @@ def read_config(folder: Path) -> tuple[Recipe, dict]:
         raise InputError(f"{path}: wanted a run's configuration, got a damaged file ({error})") from error
 
 
+def read_resumed(folder: Path) -> tuple[Recipe, dict]:
+    """`read_config` of a run that was begun here. Raises InputError for one that was imported, which has no moments."""
+    recipe, identity = read_config(folder)
+    if IMPORTED in identity:
+        raise InputError(f"{folder}: wanted a run to resume, got imported weights; cgpt train --init {folder} goes on")
+    return recipe, identity
+
+
 def is_huggingface(folder: Path) -> bool:
     """Whether `folder` holds a model as Hugging Face saves it, going by its config.json."""
     try:
@@ -302,9 +310,17 @@ def is_huggingface(folder: Path) -> bool:
     return isinstance(content, dict) and "recipe" not in content and not content.keys().isdisjoint(HUGGING_FACE)
 
 
+def check_start(folder: Path) -> None:
+    """Raises InputError where `folder` can be neither a run nor a Hugging Face model."""
+    if not (folder / CONFIG).is_file():
+        got = "none" if folder.is_dir() else "no folder"
+        raise InputError(f"{folder}: wanted a run folder or a Hugging Face folder ({CONFIG}), got {got}")
+
+
 def read_start(folder: Path) -> Recipe:
     """The recipe of the run in `folder`, or the one that a Hugging Face model in its place is imported with. Raises
     InputError where there is neither, or a model that is none of ours."""
+    check_start(folder)
     return Recipe(**imported(folder)) if is_huggingface(folder) else read_config(folder)[0]
 
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cgpt import checkpoint
-from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2
+from cgpt.data.prepare import open_corpus
+from cgpt.data.shards import TokenDataset
+from cgpt.data.tokenizer import TOKENIZER, gpt2
 from cgpt.errors import InputError
 from cgpt.files import naming, sync_folder, write_atomically
 from cgpt.interchange.folder import whole_folder
 from cgpt.interchange.weights import HuggingFaceWeights, Weights, open_weights
-from cgpt.recipe import write_config
+from cgpt.recipe import Recipe, write_config
 from cgpt.starting import IMPORTED
 from cgpt.stream.format import Format
 
@@ -61,16 +63,29 @@ def import_(path: str | os.PathLike, out: str | os.PathLike, precision: str | No
     return Imported(out, recipe.shape.n_params, recipe.precision, tokenizer.n_vocab)
 
 
-def start_from(weights: Weights, run: Path, state: dict) -> None:
-    """Makes `weights` the checkpoint of step 0 of `run`, which from then on needs them no more. Raises InputError and
-    OSError; the run then has no checkpoint."""
+def start_from(weights: Weights, run: Path, recipe: Recipe, optimizer: dict) -> None:
+    """Makes `weights` the checkpoint of step 0 of `run`, which from then on needs them no more.
+
+    optimizer: its state before the first step. Raises InputError and OSError; the run then has no checkpoint.
+    """
     partial = run / (checkpoint.CHECKPOINTS + ".tmp")  # a name that a run's folder may have before it is a run's
-    checkpoint.save(partial, weights, 0, state)
+    checkpoint.save(partial, weights, 0, {**FRESH, "optimizer": optimizer, "recipe": recipe.to_dict()})
     with naming(run):
         partial.rename(run / checkpoint.CHECKPOINTS)
     sync_folder(run)
 
 
-def shares_vocabulary(tokenizer: Tokenizer, other: Tokenizer | None) -> bool:
-    """Whether ids mean the same to both; None is a vocabulary that nobody knows."""
-    return other is not None and other.hash == tokenizer.hash
+def data_of(recipe: Recipe, start: Weights | None, run: Path, identity: dict | None, *, progress: bool) -> TokenDataset:
+    """A run's data; text of one whose weights came with a vocabulary is read in that: of `start`, or, once the run has
+    begun, of `run` itself, whose data had this identity.
+
+    Raises as `open_corpus`, and InputError for tokens that do not mean what they do to the weights.
+    """
+    if recipe.init is None:
+        return open_corpus(recipe.data, progress=progress)
+    tokenizer = checkpoint.open_tokenizer(run, identity) if start is None else start.tokenizer
+    dataset = open_corpus(recipe.data, progress=progress, tokenizer=tokenizer)
+    if dataset.tokenizer is None or dataset.tokenizer.hash != tokenizer.hash:
+        wanted = f"wanted text, or tokens of the vocabulary of {tokenizer.n_vocab} ids that the weights were trained in"
+        raise InputError(f"{recipe.data}: {wanted}, got tokens of another, of {dataset.vocab_size}")
+    return dataset

@@ -30,6 +30,13 @@ MODEL = {  # a BPE's options, as the merges alone are to decide
 DECIDING = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
+NO_POST_PROCESSOR = {  # how GPT2Tokenizer says that it adds nothing
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+
 
 def read_vocabulary(folder: Path, n_vocab: int) -> Tokenizer:
     """The tokenizer of a Hugging Face folder whose model has `n_vocab` rows, some of which may be padding.
@@ -67,7 +74,7 @@ def vocabulary_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, bytes]:
         "tokenizer_class": "GPT2Tokenizer",
         "unk_token": EOT_TEXT,
     }
-    return {TOKENIZER: tokenizer.file or _json(_gpt2_content()), "tokenizer_config.json": _json(settings)}
+    return {TOKENIZER: tokenizer.file or _json(_gpt2_content()), "tokenizer_config.json": _json(settings) + b"\n"}
 
 
 def _tokenizer(content: dict, where: Path) -> Tokenizer:
@@ -97,7 +104,9 @@ def _usual(content: dict, where: Path) -> dict[str, Any]:
 def _gpt2_content() -> dict[str, Any]:
     """GPT-2's own: its vocabulary.json has the end of text in it."""
     vocabulary, merges = gpt2_letters()
-    return _whole([_end(EOT)], vocabulary | {EOT_TEXT: EOT}, merges)
+    found = _whole([_end(EOT)], vocabulary | {EOT_TEXT: EOT}, merges)
+    found["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    return found | {"post_processor": NO_POST_PROCESSOR}
 
 
 def _whole(added: list[dict], vocabulary: dict[str, int], merges: list) -> dict[str, Any]:
@@ -135,4 +144,4 @@ def _end(rank: object) -> dict[str, Any]:
 
 
 def _json(content: dict) -> bytes:
-    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(content, indent=2, ensure_ascii=False).encode()

@@ -24,7 +24,7 @@ from cgpt.interchange.files import Tensors
 from cgpt.interchange.vocabulary import read_vocabulary
 from cgpt.model.gpt import GPT
 from cgpt.model.huggingface import HEAD, own_name, sources_of
-from cgpt.recipe import CONFIG, Recipe, is_huggingface, read_config, read_start
+from cgpt.recipe import Recipe, check_start, is_huggingface, read_config, read_start
 from cgpt.stream.build import check_device
 from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
@@ -165,9 +165,7 @@ def open_weights(path: str | Path) -> Weights:
     of a model that is none of ours; OSError for a file that cannot be read.
     """
     path = Path(path)
-    if not (path / CONFIG).is_file():
-        got = "none" if path.is_dir() else "no folder"
-        raise InputError(f"{path}: wanted a run folder or a Hugging Face folder ({CONFIG}), got {got}")
+    check_start(path)
     return HuggingFaceWeights(path) if is_huggingface(path) else RunWeights(path)
 
 
