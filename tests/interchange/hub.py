@@ -1,5 +1,6 @@
 """Small Hugging Face folders for tests: models with every term alive, in each of the forms that checkpoints come in."""
 
+import functools
 import json
 import os
 
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
+
+from cgpt.data.vocabulary import learn
 
 logging.disable_progress_bar()
 
@@ -54,3 +57,10 @@ def write(folder, config, state, form="safetensors", shards=1):
 def untied(model):
     """The state_dict without the head."""
     return {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+
+
+@functools.cache
+def tokenizer_of(n_vocab):
+    """A vocabulary of `n_vocab` ids, up to some 460, learnt from words and numbers."""
+    text = " ".join(f"{i * i} whale {i % 37} ship{i % 11} sea{i % 13}ward" for i in range(400))
+    return learn([text], n_vocab)

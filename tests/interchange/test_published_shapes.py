@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub import tokens
+from hub import tokenizer_of, tokens
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import cgpt
 from cgpt.interchange.exporting import export
 from cgpt.interchange.importing import import_
+from cgpt.model.huggingface import shape_of
 from cgpt.model.presets import PRESETS
 
 VOCABULARY, POSITIONS = 400, 64
@@ -32,19 +33,8 @@ CUT = {  # name: (layers, heads, d_head); d_ff is 4 widths
 # fmt: on
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A tokenizer.json of VOCABULARY ids."""
-    from cgpt.data.vocabulary import learn
-
-    text = " ".join(f"{i * i} whale {i % 37} ship{i % 11} sea{i % 13}ward" for i in range(400))
-    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
-    path.write_bytes(learn([text], VOCABULARY).file)
-    return path
-
-
 @pytest.mark.parametrize("name", CUT)
-def test_logits_are_equal_both_ways(name, tokenizer, tmp_path):
+def test_logits_are_equal_both_ways(name, tmp_path):
     layers, heads, d_head = CUT[name]
     published = PRESETS[name].config
     assert published.n_layer >= layers
@@ -67,7 +57,7 @@ def test_logits_are_equal_both_ways(name, tokenizer, tmp_path):
     ids = tokens(VOCABULARY, POSITIONS)
     folder = tmp_path / "hf"
     model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    (folder / "tokenizer.json").write_bytes(tokenizer_of(VOCABULARY).file)
 
     import_(folder, tmp_path / "run")
     export(tmp_path / "run", tmp_path / "back")
@@ -82,8 +72,6 @@ def test_logits_are_equal_both_ways(name, tokenizer, tmp_path):
 
 def test_the_published_configurations_are_the_presets():
     shipped = Path(__file__).with_name("configs.json")
-    from cgpt.model.huggingface import shape_of
-
     for name, values in json.loads(shipped.read_text()).items():
         size = name.removesuffix("-mup")
         shape, kind = shape_of(values)

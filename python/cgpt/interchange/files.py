@@ -151,10 +151,11 @@ class Pickled:
 
 def _why(error: Exception) -> str:
     """One line: torch's own also says how to have the file's functions called after all."""
-    asked = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL)[:\s]+(?:GLOBAL )?([\w.]+)", str(error))
+    said = str(error).strip() or type(error).__name__
+    asked = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL)[:\s]+(?:GLOBAL )?([\w.]+)", said)
     if isinstance(error, pickle.UnpicklingError) and asked:
         return f"wanted a pickle of tensors alone, got one that asks for {asked[1]}; nothing of it was run"
-    return f"wanted tensors that torch saved, got a damaged file ({str(error).strip().splitlines()[0][:120]})"
+    return f"wanted tensors that torch saved, got a damaged file ({said.splitlines()[0][:120]})"
 
 
 def _open(path: Path) -> OneFile:
