@@ -1,7 +1,7 @@
 """Weights to go on from: what a model of Hugging Face's is imported as, and what `cgpt train --init PATH` starts with.
 
-A config.json says nothing of how its model was trained, so an imported run has the numbers of the published model
-nearest in parameters. Fine-tuning has a tenth of the peak learning rate, where published runs ended theirs.
+A config.json says nothing of how its model was trained, so an imported run has the numbers of the preset nearest in
+parameters. Fine-tuning has a tenth of the peak learning rate, where published runs ended theirs.
 """
 
 from __future__ import annotations

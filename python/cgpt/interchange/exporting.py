@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cgpt.errors import InputError
@@ -69,6 +70,8 @@ def export(
         "_from_model_config": True,
         "bos_token_id": tokenizer.eot,
         "eos_token_id": tokenizer.eot,
+        "output_attentions": False,
+        "output_hidden_states": False,
         "use_cache": True,
     }
     with whole_folder(out, "the model") as folder:
@@ -129,7 +132,7 @@ def _tensors(weights: Weights, names: list[str], dtype: str) -> Iterator[tuple[s
     for name in names:
         value = fold_tensor(name, weights.read(name), weights.recipe.shape)
         value = value.to(FLOATS[dtype])
-        if not value.isfinite().all():
+        if not all(bound.isfinite() for bound in torch.aminmax(value)):
             raise InputError(f"--dtype: wanted one that {name} fits in, got {dtype}, which it overflows")
         weights.forget()
         yield PREFIX + name, value

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -134,7 +135,9 @@ class Pickled:
 
     def _load(self) -> dict[str, Tensor]:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickles newer than torch's own, which it reads or refuses
+                content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except MemoryError:
             raise
         except Exception as error:  # of many types: the bytes decide what goes wrong, and none of it is ours

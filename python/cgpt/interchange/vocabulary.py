@@ -95,10 +95,9 @@ def _usual(content: dict, where: Path) -> dict[str, Any]:
         raise InputError(f"{where}: wanted a byte-level BPE vocabulary, got a damaged file ({error!r})") from error
     if odd:
         raise InputError(f"{where}: wanted a BPE without {odd[0]}, got {model[odd[0]]!r}")
-    return _whole(content["added_tokens"], vocabulary, merges) | {
-        "normalizer": content.get("normalizer"),
-        "pre_tokenizer": level,
-    }
+    whole = _whole(content["added_tokens"], vocabulary, merges)
+    whole["model"]["type"] = model.get("type", "BPE")
+    return whole | {"normalizer": content.get("normalizer"), "pre_tokenizer": level}
 
 
 def _gpt2_content() -> dict[str, Any]:
