@@ -288,7 +288,7 @@ def read_config(folder: Path) -> tuple[Recipe, dict]:
         raise InputError(f"{folder}: {wanted}")
     try:
         content = json.loads(path.read_bytes())
-        return Recipe.from_dict(content["recipe"]), content["dataset"]
+        return Recipe.from_dict(content["recipe"]), dict(content["dataset"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: wanted a run's configuration, got a damaged file ({error})") from error
 

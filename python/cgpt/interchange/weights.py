@@ -104,7 +104,7 @@ class RunWeights(Weights):
 
     def _read(self, name: str) -> Tensor:
         path = self._folder / f"{self.owner[name].name}.safetensors"
-        file = self._files.setdefault(path.name, TensorFile(path))
+        file = self._files.get(path.name) or self._files.setdefault(path.name, TensorFile(path))
         got = file.entries[name].shape if name in file.entries else "none"
         if got != self.shapes[name]:
             raise InputError(f"{path}: wanted {name} {self.shapes[name]}, got {got}")
@@ -178,7 +178,10 @@ def load(path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: st
     """
     if dtype not in DTYPES:
         raise InputError(f"load: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    check_device(torch.device(device).type)
+    try:
+        check_device(torch.device(device).type)
+    except RuntimeError as error:  # torch's own, of many lines
+        raise InputError(f"load: device must be one that torch knows, such as cpu or cuda, got {device}") from error
     weights = open_weights(path)
     with torch.device("meta"):
         model = GPT(weights.recipe.shape).to(dtype)
