@@ -2,7 +2,8 @@
 
     checkpoints/step-00000100/embed.safetensors      wte.weight, exp_avg/wte.weight, exp_avg_sq/wte.weight, ...
                              /h.0.safetensors ...    fp32 masters and moments under Hugging Face GPT-2's names
-                             /manifest.json          step, tokens, config, sizes and sha256 of every file, of itself
+                             /manifest.json          step, tokens, config, sizes and sha256 of every file, of itself,
+                                                     and whether there are moments or, as yet, weights alone
     checkpoints/latest                               a link, moved by rename
 
 A save writes `step-N.tmp/`, syncs files and folder, renames, syncs the parent. So a crash or a full disk at any point

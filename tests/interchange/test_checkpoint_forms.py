@@ -131,6 +131,8 @@ def test_load_refuses_other_types_and_places(model, tmp_path):
     folder = write(tmp_path / "hf", config(model), untied(model))
     with pytest.raises(InputError, match=r"dtype must be one of .*, got torch.int8"):
         cgpt.load(folder, dtype=torch.int8)
+    with pytest.raises(InputError, match="device must be one that torch knows, such as cpu or cuda, got abacus"):
+        cgpt.load(folder, device="abacus")
     with pytest.raises(InputError, match=r"nowhere: wanted a run folder or a Hugging Face folder .*, got no folder"):
         cgpt.load(tmp_path / "nowhere")
     (tmp_path / "blank").mkdir()

@@ -60,6 +60,7 @@ def test_fields_that_are_honoured():
         ({"n_head": 7}, "n_head: wanted a divisor of n_embd, 96, got 7"),
         ({"n_head": 16}, "d_head must be a multiple of 8 up to 256, got 6"),
         ({"n_embd": 0}, "n_embd: wanted a positive whole number, got 0"),
+        ({"n_layer": 10**9}, "n_layer: wanted at most 10000, got 1000000000"),
         ({"n_layer": 2.0}, "n_layer: wanted a positive whole number, got 2.0"),
         ({"n_positions": "32"}, "n_positions: wanted a positive whole number, got '32'"),
         ({"vocab_size": True}, "vocab_size: wanted a positive whole number, got True"),

@@ -36,6 +36,7 @@ SIZES = {  # GPT2Config's names, other names that it takes, and what it has wher
     "n_positions": ("max_position_embeddings", 1024),
     "vocab_size": ("vocab_size", 50257),
 }
+MOST_LAYERS = 10_000  # whose shapes are listed before a file is opened; a number made up must not take for ever
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|relative_pe\.slopes")  # constants, not parameters
 EXPRESSIBLE = {"positions": ("learned",), "activation": ("gelu", "gelu_tanh"), "embedding_norm": (False,)}
 MUP = ("mup_width_scale", "mup_embeddings_scale", "mup_output_alpha", "mup_scale_qk_dot_by_d")
@@ -139,6 +140,8 @@ def _size(values: Mapping[str, Any], name: str) -> int:
     value = values.get(name, values.get(other, default))
     if type(value) is not int or value < 1:
         raise InputError(f"{name}: wanted a positive whole number, got {value!r}")
+    if name == "n_layer" and value > MOST_LAYERS:
+        raise InputError(f"{name}: wanted at most {MOST_LAYERS}, got {value}")
     return value
 
 
