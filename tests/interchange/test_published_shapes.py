@@ -71,6 +71,7 @@ def test_logits_are_equal_both_ways(name, tmp_path):
 
 
 def test_the_published_configurations_are_the_presets():
+    """configs.json: config.json of the released models; 6.7B's and 2.7B's muP one follow the others' pattern."""
     shipped = Path(__file__).with_name("configs.json")
     for name, values in json.loads(shipped.read_text()).items():
         size = name.removesuffix("-mup")
