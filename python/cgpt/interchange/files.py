@@ -155,9 +155,11 @@ class Pickled:
 def _why(error: Exception) -> str:
     """One line: torch's own also says how to have the file's functions called after all."""
     said = str(error).strip() or type(error).__name__
-    asked = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL)[:\s]+(?:GLOBAL )?([\w.]+)", said)
-    if isinstance(error, pickle.UnpicklingError) and asked:
-        return f"wanted a pickle of tensors alone, got one that asks for {asked[1]}; nothing of it was run"
+    asked = re.search(r"(?:Unsupported (?:global|class)|GLOBAL)[:\s]+(?:GLOBAL )?([\w.]+)", said)
+    if isinstance(error, pickle.UnpicklingError):
+        reason = (said.rpartition("WeightsUnpickler error:")[2].strip() or said).splitlines()[0][:120]
+        got = f"one that asks for {asked[1]}" if asked else f"another ({reason})"
+        return f"wanted a pickle of tensors alone, got {got}; nothing of it was run"
     return f"wanted tensors that torch saved, got a damaged file ({said.splitlines()[0][:120]})"
 
 
