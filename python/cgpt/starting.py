@@ -58,7 +58,7 @@ def imported(folder: Path) -> dict[str, Any]:
         "eps": near.adam_eps,
         "weight_decay": near.weight_decay,
         "clip": near.grad_clip,
-        "precision": _precision(values),
+        "precision": "fp32",
         "device": "cpu",
         "seed": 0,
         "eval_every": 1,
@@ -97,9 +97,3 @@ def as_start(run: Recipe, config: TrainConfig) -> tuple[Preset, TrainConfig]:
         parametrization=run.parametrization,
     )
     return preset, replace(config, steps=config.steps or STEPS)
-
-
-def _precision(values: dict) -> str:
-    """Of the numbers as they are stored, by the name that Hugging Face gives it; bf16 where that is unknown."""
-    stored = values.get("dtype", values.get("torch_dtype"))
-    return {"float32": "fp32", "float64": "fp32", "float16": "fp16"}.get(str(stored).removeprefix("torch."), "bf16")

@@ -314,3 +314,9 @@ def test_a_head_under_both_names_is_one_too_many(model, tmp_path, capsys):
     state = {**untied(model), **bare(untied(model))}
     folder = save(tmp_path / "hf", model, {name: value.clone() for name, value in state.items()})
     assert "once, got it from model.safetensors as well" in refused(folder, capsys)
+
+
+def test_a_head_that_the_config_promises(model, tmp_path, capsys):
+    folder = save(tmp_path / "hf", model, untied(model))
+    (folder / "config.json").write_text(json.dumps({**model.config.to_dict(), "tie_word_embeddings": False}))
+    assert "wanted lm_head.weight, as tie_word_embeddings is false, got none" in refused(folder, capsys)

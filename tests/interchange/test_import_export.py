@@ -175,12 +175,16 @@ def test_a_padded_vocabulary_keeps_its_rows(tmp_path, capsys, monkeypatch):
 
 
 def test_the_precision_is_that_of_the_weights_or_the_one_asked_for(folder, model, tmp_path):
-    config = json.loads((folder / "config.json").read_text())
-    for dtype, want in (("float32", "fp32"), ("torch.float16", "fp16"), ("bfloat16", "bf16"), (None, "bf16")):
-        name = "torch_dtype" if dtype == "torch.float16" else "dtype"
-        values = {**{k: v for k, v in config.items() if k != "dtype"}, name: dtype}
-        (folder / "config.json").write_text(json.dumps(values))
-        assert import_(folder, tmp_path / f"{want}{dtype}").precision == want
+    config = {**json.loads((folder / "config.json").read_text()), "dtype": "float32"}  # which may say what it likes
+    stored = {torch.float64: "fp32", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    for form in ("bin", "safetensors"):
+        for dtype, want in stored.items():
+            write(folder, config, {name: value.to(dtype) for name, value in untied(model).items()}, form)
+            if form == "bin":
+                (folder / "model.safetensors").unlink(missing_ok=True)
+            run = tmp_path / f"{dtype}{form}"
+            assert import_(folder, run).precision == want
+            assert read_config(run)[0].precision == want
     assert import_(folder, tmp_path / "asked", precision="fp16").precision == "fp16"
     with pytest.raises(InputError, match="precision: wanted one of bf16, fp16, fp32, got int8"):
         import_(folder, tmp_path / "never", precision="int8")

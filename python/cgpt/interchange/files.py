@@ -23,18 +23,23 @@ import torch
 from torch import Tensor
 
 from cgpt.errors import InputError
-from cgpt.tensor_files import PIECE, TensorFile, open_regular
+from cgpt.tensor_files import FLOATS, PIECE, TensorFile, open_regular
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class OneFile(Protocol):
-    """shapes: of its tensors, by name. read: one as fp32. pieces: the same
-    in flat stretches of tensor_files.PIECE elements. forget: gives back what reading took."""
+    """shapes, precisions ("fp32", "bf16" or "fp16", the nearest that holds it): of its tensors, by name.
+
+    read: one as fp32. pieces: the same in flat stretches of tensor_files.PIECE elements. forget: gives back what
+    reading took.
+    """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
+    precisions: dict[str, str]
 
     def read(self, name: str) -> Tensor: ...
     def pieces(self, name: str) -> Iterator[Tensor]: ...
@@ -77,6 +82,11 @@ class Tensors:
         file, theirs = self._places[name]
         return file.pieces(theirs)
 
+    def precision(self, name: str) -> str:
+        """Of "fp32", "bf16" and "fp16" the one that it is stored in, or nearest to."""
+        file, theirs = self._places[name]
+        return file.precisions[theirs]
+
     def path(self, name: str) -> Path:
         """The file that holds it."""
         return self._places[name][0].path
@@ -92,7 +102,9 @@ class Safetensors:
 
     def __init__(self, path: Path):
         self.path, self._file = path, TensorFile(path)
-        self.shapes = {name: entry.shape for name, entry in self._file.entries.items()}
+        entries = self._file.entries.items()
+        self.shapes = {name: entry.shape for name, entry in entries}
+        self.precisions = {name: PRECISIONS.get(FLOATS.get(entry.dtype), "fp32") for name, entry in entries}
 
     def read(self, name: str) -> Tensor:
         return self._file.read(name)
@@ -112,7 +124,9 @@ class Pickled:
         self._content: dict[str, Tensor] | None = None
         with open_regular(path) as file:
             self._mapped = zipfile.is_zipfile(file)  # what torch before 1.6 wrote cannot be, and is held in memory
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
+        tensors = self._tensors().items()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
+        self.precisions = {name: PRECISIONS.get(tensor.dtype, "fp32") for name, tensor in tensors}
         self.forget()
 
     def read(self, name: str) -> Tensor:

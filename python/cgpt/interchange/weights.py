@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from torch import Tensor
 from cgpt import checkpoint
 from cgpt.data.tokenizer import Tokenizer
 from cgpt.errors import InputError
-from cgpt.interchange.files import Tensors
+from cgpt.interchange.files import Tensors, read_json
 from cgpt.interchange.vocabulary import read_vocabulary
 from cgpt.model.gpt import GPT
 from cgpt.model.huggingface import HEAD, own_name, sources_of
-from cgpt.recipe import Recipe, check_start, is_huggingface, read_config, read_start
+from cgpt.recipe import CONFIG, Recipe, check_start, is_huggingface, read_config, read_start
 from cgpt.stream.build import check_device
 from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
@@ -118,6 +118,7 @@ class HuggingFaceWeights(Weights):
         super().__init__(folder, read_start(folder))
         self._tensors = Tensors(folder, own_name)
         self._check()
+        self.recipe = replace(self.recipe, precision=self._tensors.precision("wte.weight"))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -142,6 +143,8 @@ class HuggingFaceWeights(Weights):
             raise InputError(f"{self._tensors.path(name)}: wanted the tensors of its config.json, got {name} as well")
         if head is not None:
             self._check_head(head)
+        elif read_json(self.path / CONFIG).get("tie_word_embeddings") is False:
+            raise InputError(f"{self.path}: wanted {HEAD}, as tie_word_embeddings is false, got none")
 
     def _check_head(self, shape: tuple[int, ...]) -> None:
         where, table = self._tensors.path(HEAD), self.shapes["wte.weight"]
