@@ -192,7 +192,7 @@ def test_the_precision_is_that_of_the_weights_or_the_one_asked_for(folder, model
 
 def test_shards_fill_up_in_order():
     sizes = {"a": 5, "b": 4, "c": 20, "d": 2, "e": 9, "f": 1}
-    assert shards(sizes, 10) == [["c"], ["a", "b"], ["d"], ["e", "f"]] or shards(sizes, 10)[0] == ["c"]
+    assert shards(sizes, 10) == [["c"], ["a", "b"], ["d"], ["e", "f"]]
     assert shards(sizes, 100) == [list(sizes)]
     assert shards({"a": 3}, 1) == [["a"]]
 
