@@ -1,6 +1,7 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   fit   coord-check   sweep   ablate   eval   generate   data prepare   data info   info
+    train   plan   fit   coord-check   sweep   ablate   eval   generate   import   export
+    data prepare   data info   info
 
 Exit codes: 0 done; 1 `info` found an op wrong; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or
 143 after Ctrl-C or SIGTERM (128 and the signal's number, as shells count), with the run saved. Nothing heavy is
@@ -27,6 +28,7 @@ from cgpt.errors import InputError
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.generate_flags import Generate
 from cgpt.info_flags import Info
+from cgpt.interchange.flags import Export, Import
 from cgpt.planning.flags import Plan
 from cgpt.read_flags import Eval
 from cgpt.train_flags import Int, Switch, TrainConfig
@@ -96,6 +98,8 @@ Command = (
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -169,7 +173,7 @@ def run(command) -> int:
     if isinstance(command, Data):
         command = command.command
     steps = {Plan: _plan, Fit: _fit, CoordCheck: _coord_check, Eval: _eval, Generate: _generate}
-    steps |= {Prepare: _prepare, DataInfo: _data_info}
+    steps |= {Import: _import, Export: _export, Prepare: _prepare, DataInfo: _data_info}
     steps[type(command)](command)
     return 0
 
@@ -263,6 +267,18 @@ def _generate(command: Generate) -> None:
     from cgpt.evaluate.write_run import write_run
 
     write_run(command, live=interactive(), say=_say_placed)
+
+
+def _import(command: Import) -> None:
+    from cgpt.interchange.commands import run_import
+
+    run_import(command)
+
+
+def _export(command: Export) -> None:
+    from cgpt.interchange.commands import run_export
+
+    run_export(command)
 
 
 def _say_placed(where: str) -> None:

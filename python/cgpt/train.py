@@ -24,13 +24,15 @@ import torch
 
 from cgpt import checkpoint, console
 from cgpt.data.loader import Loader, train_val_split, unigram_loss
-from cgpt.data.prepare import open_corpus, own_vocab_size
+from cgpt.data.prepare import own_vocab_size
 from cgpt.data.shards import TokenDataset
 from cgpt.data.tokenizer import TOKENIZER
 from cgpt.errors import Diverged, InputError
 from cgpt.evaluate.generate import generate
 from cgpt.evaluate.loss import HeldOut, held_out_loss, identity_of, to_device, windows_within
 from cgpt.files import lock_folder, write_atomically
+from cgpt.interchange.importing import data_of, start_from
+from cgpt.interchange.weights import open_weights
 from cgpt.lanes import LaneReport
 from cgpt.metrics import Metrics, Summary, human, peak_memory_bytes
 from cgpt.model.gpt import GPT
@@ -42,7 +44,7 @@ from cgpt.recipe import (
     TrainConfig,
     batch_at,
     new_folder,
-    read_config,
+    read_resumed,
     resolve,
     resolve_resumed,
     resumed_folder,
@@ -90,7 +92,7 @@ def job_of(config: TrainConfig) -> Job:
         recipe = resolve(config, config.data and own_vocab_size(config.data))
         return Job(recipe, new_folder(config, recipe), None, config.timeline)
     folder = resumed_folder(config)
-    saved, identity = read_config(folder)
+    saved, identity = read_resumed(folder)
     return Job(resolve_resumed(config, saved, folder), folder, identity, config.timeline)
 
 
@@ -201,7 +203,8 @@ def open_run(job: Job) -> Run:
     if not placed.streams:  # a run that streams counts on freed memory being free
         keep_large_buffers()
 
-    dataset = open_corpus(recipe.data, progress=console.interactive())
+    start = None if resumed or recipe.init is None else open_weights(recipe.init)
+    dataset = data_of(recipe, start, folder, identity, progress=console.interactive())
     train_split, val_split = train_val_split(dataset, recipe.seq_len)
     found = identity_of(dataset)
     if identity not in (None, found):
@@ -233,13 +236,15 @@ def open_run(job: Job) -> Run:
         checkpoints = Checkpoints(folder / checkpoint.CHECKPOINTS, store, recipe.keep)
         parts = model, store, Executor(store), optimizer, lock, lanes, checkpoints
         run = Run(recipe, folder, dataset, loader, held_out, *parts)
-        if resumed:
+        if start is not None:
+            start_from(start, folder, recipe, optimizer.state())
+        if resumed or start is not None:
             go_on(run)
-        if not run.step:
+        if run.checkpoints.newest is None:
             store.initialise(lambda name, tensor: init_parameter(name, tensor, recipe.shape, recipe.seed))
-        write_config(folder, recipe, found)
         if dataset.vocabulary is not None:  # so that the run can be read without its data
             write_atomically(folder / TOKENIZER, dataset.tokenizer.file)
+        write_config(folder, recipe, found)
         told = f"{dataset.name}: {human(train_split.n_tokens)} tokens to train on, {human(val_split.n_tokens)} held out"
         told += f", vocabulary of {dataset.vocab_size:,}"
         console.report(recipe, store.n_parameters, told, implementations, placed.account, folder)
@@ -258,7 +263,7 @@ def go_on(run: Run) -> None:
     """Takes the run to its newest whole checkpoint, saying which were skipped; to step 0 if there is none at all."""
     folder = run.folder / checkpoint.CHECKPOINTS
     checkpoint.remove_partial(folder)
-    if not checkpoint.steps(folder):
+    if not checkpoint.steps(folder) and run.recipe.init is None:
         return
     path, manifest, skipped = checkpoint.newest(folder)
     for line in skipped:

@@ -49,6 +49,10 @@ class TrainConfig:
     transfer_from: Annotated[Path | None, _flag("RUN")] = None
     """Start from the init, factors and learning rate that were tuned in this run, by the rules of --parametrization
     (then mup by default). Without --model all else that is not asked for is the run's too: --width makes it wider."""
+    init: Annotated[Path | None, _flag("PATH")] = None
+    """Fine-tune the weights in this run or Hugging Face folder, whose shape and vocabulary the model has; text is read
+    in that vocabulary. Moments start at zero. Defaults are then 1000 steps of 8 sequences, and a tenth of the peak
+    learning rate that it was trained with, as far as is known."""
     steps: Int = None
     """Optimizer steps of the whole run (default: as many as see the preset's tokens)."""
     batch_size: Int = None

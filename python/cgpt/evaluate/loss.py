@@ -86,6 +86,8 @@ def evaluate_run(
             raise InputError(f"{flag}: wanted at least 1, got {value}")
     recipe, identity, _, store = open_trained(run, room, batch_size, MOST_BATCHES, say)
     tokenizer = open_tokenizer(run, identity)
+    if data is None and not recipe.data:
+        raise InputError(f"--data: wanted text or tokens, as {run} was imported and has none of its own, got none")
     dataset = open_corpus(data or recipe.data, progress=progress, tokenizer=tokenizer)
     if identity_of(dataset) == identity:
         split, told = train_val_split(dataset, recipe.seq_len)[1], "held-out split"
