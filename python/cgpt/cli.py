@@ -24,9 +24,10 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
+from cgpt.evaluate.flags import Eval
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.planning.flags import Plan
-from cgpt.read_flags import Eval, Generate
+from cgpt.read_flags import Generate
 from cgpt.train_flags import Int, Switch, TrainConfig
 
 
@@ -245,19 +246,9 @@ def _coord_check(command: CoordCheck) -> None:
 
 def _eval(command: Eval) -> None:
     from cgpt.console import interactive
-    from cgpt.evaluate.loss import evaluate_run
+    from cgpt.evaluate.command import run_eval
 
-    bar, room = interactive(), command.room()
-    found = evaluate_run(
-        command.run, command.data, command.tokens, command.batch_size, room, progress=bar, say=_say_placed
-    )
-    if command.json:
-        print(json.dumps(found))
-        return
-    bits = f", {found['bits_per_byte']:.3f} bits a byte" if found["bits_per_byte"] else ""
-    print(
-        f"{found['data']} ({found['split']}): {found['loss']:.4f} nats a token{bits}, over {found['tokens']:,} tokens"
-    )
+    run_eval(command, interactive(), _say_placed)
 
 
 def _generate(command: Generate) -> None:
