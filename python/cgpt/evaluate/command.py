@@ -9,7 +9,7 @@ from cgpt.errors import InputError
 from cgpt.evaluate import report
 from cgpt.evaluate.flags import Eval
 from cgpt.evaluate.loss import evaluate_text, open_text
-from cgpt.evaluate.reader import open_reader
+from cgpt.evaluate.reader import Reader, open_reader
 from cgpt.files import write_atomically
 
 
@@ -18,7 +18,7 @@ def run_eval(command: Eval, bar: bool, say: Callable[[str], None]) -> None:
     told where the layers live. Raises InputError."""
     command.check()
     names = command.task_names
-    tasks = _harness().open_tasks(names, command.num_fewshot) if names else None
+    tasks = _lm_eval().open_tasks(names, command.num_fewshot, progress=bar) if names else None
     with open_reader(command.run, command.room(), command.batch_size, command.precision, say) as reader:
         wanted = command.data or ((None,) if not names else ())
         texts = [open_text(reader, data, progress=bar) for data in wanted]
@@ -29,21 +29,27 @@ def run_eval(command: Eval, bar: bool, say: Callable[[str], None]) -> None:
             found["texts"].append(row)
             print(json.dumps(row) if command.json else report.text_line(row), flush=True)
         if tasks is not None:
-            rows = _harness().evaluate_tasks(reader, tasks, command.limit, command.batch_size, progress=bar)
-            found["tasks"] = rows
+            rows = _answers(reader, tasks, command, bar)
+            found["tasks"] = [row | {"published": report.published(row)} for row in rows]
             parameters = reader.recipe.shape.n_params
-            shown = map(json.dumps, rows) if command.json else [report.tasks_table(rows, command.run, parameters)]
-            print(*shown, sep="\n", flush=True)
+            table = [report.tasks_table(rows, command.run, parameters)]
+            print(*(map(json.dumps, found["tasks"]) if command.json else table), sep="\n", flush=True)
     if command.out is not None:
         write_atomically(command.out, json.dumps(found, indent=1).encode() + b"\n")
 
 
-def _harness():
-    """lm_eval's adapter. Raises InputError where lm_eval is not installed."""
+def _answers(reader: Reader, tasks, command: Eval, bar: bool) -> list[dict]:
+    from cgpt.evaluate.harness import RunLM
+
+    return _lm_eval().evaluate_tasks(RunLM(reader, command.batch_size, progress=bar), tasks, command.limit)
+
+
+def _lm_eval():
+    """The file that imports lm_eval. Raises InputError where that is not installed."""
     try:
-        from cgpt.evaluate import harness
+        from cgpt.evaluate import tasks
     except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0].startswith("cgpt"):
+        if error.name is None or error.name.split(".")[0].startswith("cgpt"):
             raise
         raise InputError(f"--tasks: wanted lm_eval (pip install 'cgpt-ext[hf]'), got no module {error.name}") from error
-    return harness
+    return tasks

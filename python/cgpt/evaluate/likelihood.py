@@ -133,9 +133,7 @@ class _Head:
         self.pieces = pieces
         self.at_once = max(1, HEAD_BYTES // (COPIES * 4 * vocab_size))
         rows = [row for row, group in enumerate(batch) for piece in group for _ in piece.targets]
-        places = [
-            len(piece.inputs) - len(piece.targets) + i for piece in pieces for i in range(len(piece.targets))
-        ]
+        places = [len(piece.inputs) - len(piece.targets) + i for piece in pieces for i in range(len(piece.targets))]
         self.rows, self.places = torch.tensor(rows), torch.tensor(places)
         self.targets = torch.tensor([target for piece in pieces for target in piece.targets])
 

@@ -1,8 +1,8 @@
 """Held-out loss: mean cross-entropy over the first windows of a split.
 
-    loss = mean of -ln p(token | those before it in its window)         nats a token
-    perplexity = exp(loss)
-    bits per byte = loss x tokens / (ln 2 x bytes of their text)        the same scale for every vocabulary
+loss = mean of -ln p(token | those before it in its window)         nats a token
+perplexity = exp(loss)
+bits per byte = loss x tokens / (ln 2 x bytes of their text)        the same scale for every vocabulary
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cgpt.checkpoint import CHECKPOINTS, open_newest, open_tokenizer, steps
 from cgpt.data.tokenizer import Tokenizer
 from cgpt.errors import InputError
+from cgpt.model.gpt import GPT
 from cgpt.stream.executor import Executor
 from cgpt.stream.store import Store
 
@@ -31,6 +32,7 @@ class Reader:
     recipe: Recipe
     identity: dict
     tokenizer: Tokenizer
+    model: GPT
     store: Store
     executor: Executor
     step: int
@@ -49,10 +51,10 @@ def open_reader(
     room, precision, say: as for `open_newest`, which says what it raises too. A run that is being trained may remove
     the checkpoint while it is read: then the newer one is.
     """
-    recipe, identity, _, store, manifest = _open(run, room, batch_size, precision, say)
+    recipe, identity, model, store, manifest = _open(run, room, batch_size, precision, say)
     with contextlib.closing(store):
         tokenizer = open_tokenizer(run, identity)
-        yield Reader(run, recipe, identity, tokenizer, store, Executor(store), manifest["step"])
+        yield Reader(run, recipe, identity, tokenizer, model, store, Executor(store), manifest["step"])
 
 
 def _open(run: Path, room: Room | None, batch_size: int, precision: str | None, say: Callable[[str], None] | None):

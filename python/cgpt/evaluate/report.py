@@ -56,6 +56,13 @@ def _beside(rows: list[dict], shots: int | None, name: str, parameters: int) -> 
     return _aligned(lines, left=(0,)) + "\n(Cerebras-GPT: arXiv 2304.03208, as lm_eval of early 2023 asked)"
 
 
+def published(row: dict) -> dict[str, float]:
+    """The published models' accuracies in the task of `row` with as many examples; {} where there are none."""
+    if row["task"] not in COLUMNS or row["shots"] is None:
+        return {}
+    return {model.name: model.accuracy[row["task"]] for model in models(row["shots"])}
+
+
 def number(value: float | None) -> str:
     """Four decimals, four digits where the number is large or that would leave nothing; - for None."""
     if value is None:
