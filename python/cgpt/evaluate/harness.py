@@ -99,10 +99,11 @@ class RunLM(TemplateLM):
 
     def _read(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         reader = self.reader
-        size = reader.recipe.shape.vocab_size
-        answers = log_likelihoods(
-            reader.executor, self.max_length, size, pairs, self.batch_size, progress=self.progress
-        )
+        sizes = self.max_length, reader.recipe.shape.vocab_size
+        try:
+            answers = log_likelihoods(reader.executor, *sizes, pairs, self.batch_size, progress=self.progress)
+        except InputError as error:
+            raise InputError(f"{reader.run}: {error}") from error
         return [(answer.logprob, answer.greedy) for answer in answers]
 
     def _text(self, context: str, wanted: Wanted, seed: int) -> str:
