@@ -25,7 +25,7 @@ SEQ_LEN = 64
 CONFIG = GPTConfig(n_layer=2, n_head=2, d_model=32, d_head=16, d_ff=64, vocab_size=305, seq_len=SEQ_LEN)
 
 CHOICE = """output_type: multiple_choice
-doc_to_text: "{{q}}"
+doc_to_text: "? {{q}}"
 doc_to_choice: c
 doc_to_target: a
 metric_list:

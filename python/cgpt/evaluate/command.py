@@ -49,7 +49,8 @@ def _lm_eval():
     try:
         from cgpt.evaluate import tasks
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0].startswith("cgpt"):
+        missing = (error.name or "cgpt").split(".")[0]
+        if missing.startswith("cgpt"):
             raise
-        raise InputError(f"--tasks: wanted lm_eval (pip install 'cgpt-ext[hf]'), got no module {error.name}") from error
+        raise InputError(f"--tasks: wanted lm_eval (pip install 'cgpt-ext[hf]'), got no module {missing}") from error
     return tasks
