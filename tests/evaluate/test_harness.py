@@ -246,6 +246,15 @@ def test_settings_of_generation_that_cannot_be_are_named(reader, settings, wante
     assert lm.failed
 
 
+def test_weights_that_are_no_numbers_are_named_by_their_run(folder):
+    with random_reader(folder) as broken, torch.no_grad():
+        broken.model.h[0].ln_1.weight[0] = float("nan")
+        with pytest.raises(InputError, match=f"^{broken.run}: wanted a model with finite logits, got NaN or Inf$"):
+            RunLM(broken).loglikelihood(requests("loglikelihood", ("the", " sea")))
+        with pytest.raises(InputError, match=f"^{broken.run}: generate: .* must be finite, got NaN or Inf$"):
+            RunLM(broken).generate_until(requests("generate_until", ("the", {})))
+
+
 def test_a_bf16_run_is_near_its_fp32_self(folder, reader):
     asked = requests("loglikelihood", *((" ".join(WORDS[:n]), f" {WORDS[n]}") for n in range(1, 15)))
     with random_reader(folder, precision="bf16") as half:

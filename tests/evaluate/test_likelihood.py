@@ -73,6 +73,20 @@ def test_they_are_those_of_each_pair_alone(model, batch_size):
     assert found[0] == found[8]
 
 
+def test_they_are_those_of_transformers_gpt2(model):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2, n_inner=32, activation_function="gelu",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=CONFIG.layer_norm_eps,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.transformer.load_state_dict(model[0].state_dict())
+    found = log_likelihoods(model[1], 8, 40, PAIRS, 3)
+    wanted = [naive(lambda ids: theirs(ids).logits, *pair) for pair in PAIRS]
+    assert [answer.logprob for answer in found] == pytest.approx([value for value, _ in wanted], rel=2e-6, abs=1e-12)
+    assert [answer.greedy for answer in found] == [flag for _, flag in wanted]
+
+
 def test_greedy_continuations_are_found_and_one_token_off_is_not(model):
     context = ids(3)
     more = []

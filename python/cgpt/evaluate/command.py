@@ -11,12 +11,14 @@ from cgpt.evaluate.flags import Eval
 from cgpt.evaluate.loss import evaluate_text, open_text
 from cgpt.evaluate.reader import Reader, open_reader
 from cgpt.files import write_atomically
+from cgpt.recipe import read_config
 
 
 def run_eval(command: Eval, bar: bool, say: Callable[[str], None]) -> None:
     """Everything that is asked for is opened before the first of it is measured. bar: whether progress is drawn; say:
     told where the layers live. Raises InputError."""
     command.check()
+    read_config(command.run)  # a run that is not there is said before lm_eval takes its seconds
     names = command.task_names
     tasks = _lm_eval().open_tasks(names, command.num_fewshot, progress=bar) if names else None
     with open_reader(command.run, command.room(), command.batch_size, command.precision, say) as reader:

@@ -85,7 +85,8 @@ class RunLM(TemplateLM):
             for request in tqdm(requests, desc="texts", disable=not self.progress):
                 context, settings = request.args
                 wanted = _wanted(settings, self.max_length, request.task_name)
-                found.append(self._text(context, wanted, seed=len(found)))
+                with self._naming():
+                    found.append(self._text(context, wanted, seed=len(found)))
         return self._kept("generate_until", requests, found)
 
     def _encode_pair(self, context: str, continuation: str) -> Pair:
@@ -100,10 +101,8 @@ class RunLM(TemplateLM):
     def _read(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         reader = self.reader
         sizes = self.max_length, reader.recipe.shape.vocab_size
-        try:
+        with self._naming():
             answers = log_likelihoods(reader.executor, *sizes, pairs, self.batch_size, progress=self.progress)
-        except InputError as error:
-            raise InputError(f"{reader.run}: {error}") from error
         return [(answer.logprob, answer.greedy) for answer in answers]
 
     def _text(self, context: str, wanted: Wanted, seed: int) -> str:
@@ -126,6 +125,14 @@ class RunLM(TemplateLM):
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial(kind, request.args, answer)
         return answers
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Says of which run an error of the model is."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.reader.run}: {error}") from error
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
