@@ -84,6 +84,10 @@ def open_text(reader: Reader, data: str | None, *, progress: bool = False) -> Lo
     sequences is one window. Raises InputError for bad data, tokens of another vocabulary among it.
     """
     recipe, identity, tokenizer = reader.recipe, reader.identity, reader.tokenizer
+    if data is None and not recipe.data:
+        raise InputError(
+            f"--data: wanted text or tokens, as {reader.run} was imported and has none of its own, got none"
+        )
     dataset = open_corpus(data or recipe.data, progress=progress, tokenizer=tokenizer)
     if identity_of(dataset) == identity:
         return Loader(train_val_split(dataset, recipe.seq_len)[1], recipe.seq_len)
