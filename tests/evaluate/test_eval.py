@@ -82,12 +82,12 @@ def test_a_run_that_trains_on_removes_its_checkpoint_meanwhile(copy, refused, sa
     checkpoints = copy / CHECKPOINTS
     opened, tries = reader.open_newest, []
 
-    def racing(*arguments):
+    def racing(*arguments, **options):
         tries.append(arguments)
         if len(tries) == 1:
             (checkpoints / "step-00000003").rename(checkpoints / "step-00000004")
             raise FileNotFoundError(2, "No such file or directory", str(checkpoints / "step-00000003/h.0.safetensors"))
-        return opened(*arguments)
+        return opened(*arguments, **options)
 
     monkeypatch.setattr(reader, "open_newest", racing)
     assert said("eval", "run", "--json") == wanted
