@@ -134,13 +134,28 @@ def open_trained(
     say: Callable[[str], None] | None = None,
     cache: int = 0,
 ) -> tuple[Recipe, dict, GPT, Store]:
-    """A run's (recipe, identity of its data, model, store) for reading: weights of its newest whole checkpoint.
+    """What `open_newest` gives but the manifest."""
+    return open_newest(run, room, sequences, batches, say, cache=cache)[:4]
+
+
+def open_newest(
+    run: Path,
+    room: Room | None = None,
+    sequences: int = 1,
+    batches: int = 1,
+    say: Callable[[str], None] | None = None,
+    precision: str | None = None,
+    cache: int = 0,
+) -> tuple[Recipe, dict, GPT, Store, dict]:
+    """A run's (recipe, identity of its data, model, store, manifest) for reading: weights of its newest whole
+    checkpoint.
 
     They live on the device where they fit in `room` (default: all that a CPU has free) beside the forward of
     `sequences` and `cache` bytes of keys and values, else where there is room; `batches`: the most that a walk then
-    takes through a layer; `say` is told where they live. A model that streams is run by an Executor. The caller closes
-    the store. Raises InputError, with both numbers, where no placement fits, before the checkpoint is read, which takes
-    a few MB beside it.
+    takes through a layer; `say` is told where they live; precision: of weights and activations (default: the run's),
+    rounded from the fp32 masters. A model that streams is run by an Executor. The caller closes the store. Raises
+    InputError, with both numbers, where no placement fits, before the checkpoint is read, which takes a few MB beside
+    it.
     """
     from cgpt.placing import (  # which need tyro; saving a model that streams does not
         Room,
@@ -151,6 +166,7 @@ def open_trained(
 
     room = room or Room()
     recipe, identity = read_config(run)
+    recipe = replace(recipe, precision=precision or recipe.precision)
     check_device(room.device)
     placement = place_reading(recipe, room, sequences, batches, cache).placement
     path, manifest, _ = newest(run / CHECKPOINTS)
@@ -163,7 +179,7 @@ def open_trained(
     except BaseException:
         store.close()
         raise
-    return recipe, identity, model, store
+    return recipe, identity, model, store, manifest
 
 
 def open_tokenizer(run: Path, identity: dict) -> Tokenizer:

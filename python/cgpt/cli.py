@@ -25,12 +25,12 @@ from typing import Annotated, Literal
 import tyro
 
 from cgpt.errors import InputError
+from cgpt.evaluate.flags import Eval
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.generate_flags import Generate
 from cgpt.info_flags import Info
 from cgpt.interchange.flags import Export, Import
 from cgpt.planning.flags import Plan
-from cgpt.read_flags import Eval
 from cgpt.train_flags import Int, Switch, TrainConfig
 
 
@@ -247,19 +247,9 @@ def _coord_check(command: CoordCheck) -> None:
 
 def _eval(command: Eval) -> None:
     from cgpt.console import interactive
-    from cgpt.evaluate.loss import evaluate_run
+    from cgpt.evaluate.command import run_eval
 
-    bar, room = interactive(), command.room()
-    found = evaluate_run(
-        command.run, command.data, command.tokens, command.batch_size, room, progress=bar, say=_say_placed
-    )
-    if command.json:
-        print(json.dumps(found))
-        return
-    bits = f", {found['bits_per_byte']:.3f} bits a byte" if found["bits_per_byte"] else ""
-    print(
-        f"{found['data']} ({found['split']}): {found['loss']:.4f} nats a token{bits}, over {found['tokens']:,} tokens"
-    )
+    run_eval(command, interactive(), _say_placed)
 
 
 def _generate(command: Generate) -> None:

@@ -54,6 +54,10 @@ class Tokenizer:
         """Ids of `text`; never `eot`, whatever the text says."""
         return self.encoding.encode_ordinary(text)
 
+    def encode_with_eot(self, text: str) -> list[int]:
+        """As `encode_ordinary`, but `<|endoftext|>` written in `text` is `eot`: for prompts of those who know it."""
+        return self.encoding.encode(text, allowed_special={EOT_TEXT}, disallowed_special=())
+
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """As `encode_ordinary`, (n,) uint32; other threads run meanwhile."""
         # `<|endoftext|>` written in a text is just text (tiktoken before 0.11 would not listen).
