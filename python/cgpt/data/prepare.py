@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from cgpt.data import shards
 from cgpt.data.sources import BUILT_IN, Corpus, Piece, find, read
-from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2
+from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2, read_tokenizer
 from cgpt.data.vocabulary import check_size, learn
 from cgpt.data.writer import DTYPE, Encoded, ShardWriter, folder_for_one
 from cgpt.errors import InputError
+from cgpt.files import user_cache
 
 BATCH_CHARS = 1 << 20  # about 0.25M tokens: 50 ms of work, against which handing it over costs nothing
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
@@ -88,7 +89,7 @@ def open_corpus(
     corpus = find(name_or_path)
     vocabulary = tokenizer or gpt2()
     fingerprint = _fingerprint([corpus], vocabulary, SHARD_TOKENS)
-    cache = Path(cache_dir) if cache_dir else _user_cache()
+    cache = Path(cache_dir) if cache_dir else user_cache()
     out = cache / f"{corpus.name}-{fingerprint[:16]}"
     if not (out / shards.MANIFEST).exists():
         with folder_for_one(out, wait=True):
@@ -99,22 +100,20 @@ def open_corpus(
 def own_vocab_size(name_or_path: str | Path) -> int | None:
     """Ids of the vocabulary that this data brings along; None for all that comes in GPT-2's, text above all.
 
-    Reads the manifest alone: a model can be sized before its text is tokenized.
+    Reads manifest or `tokenizer.json` alone: a model can be sized before its text is tokenized.
     """
-    manifest = Path(name_or_path) / shards.MANIFEST
-    if not _has_tokens(name_or_path) or not manifest.exists():
+    if not _has_tokens(name_or_path):
         return None
+    manifest = Path(name_or_path) / shards.MANIFEST
+    if not manifest.exists():
+        own = shards.vocabulary_beside(Path(name_or_path))
+        return own and read_tokenizer(own).n_vocab
     content = shards.read_manifest(manifest)
     return content["vocab_size"] if TOKENIZER in content["files"] else None
 
 
 def _has_tokens(name_or_path: str | Path) -> bool:
-    path = Path(name_or_path)
-    return name_or_path not in BUILT_IN and path.exists() and shards.is_token_source(path)
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgpt"
+    return name_or_path not in BUILT_IN and shards.is_token_source(Path(name_or_path))
 
 
 def _fingerprint(corpora: list[Corpus], vocabulary: Tokenizer | int, shard_tokens: int) -> str:
