@@ -30,13 +30,13 @@ def read(path: Path) -> TokenFile:
     ends = _read_ends(index) if index.exists() else None
     last = None if ends is None else int(ends[-1])
     width, count = _read_metadata(path.with_name(path.name + ".metadata"))
+    if count is not None:
+        expect(path, f"bytes for the {count} ids of its metadata:", count * width, size)
     if width is None:
         width = 4 if last is not None and size == 4 * last else 2
     if size % width:
         raise InputError(f"{path}: wanted ids of {width} bytes, got {size} bytes")
     n_tokens = size // width
-    if count is not None:
-        expect(path, f"bytes for the {count} ids of its metadata:", count * width, size)
     if last is not None and last != n_tokens:
         raise InputError(f"{index}: wanted a last document that ends at the {n_tokens} ids of {path.name}, got {last}")
     ids = np.memmap(path, dtype=WIDTHS[width], mode="r")
