@@ -29,8 +29,8 @@ class TrainConfig:
     config: Annotated[Path | None, _flag("FILE")] = None
     """A preset of your own with flags that go with it, as `cgpt plan --write` leaves them (default: --model)."""
     data: Text = None
-    """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
-    llm.c (default: moby-dick)."""
+    """moby-dick, python-stdlib, text (.txt, .jsonl, .parquet), hf:NAME:SPLIT, a prepared folder, or token files of
+    nanoGPT, llm.c, Megatron or datatrove (default: moby-dick)."""
     width: Int = None
     """Of the model, with more or fewer of the preset's heads and d_ff in proportion (default: the preset's)."""
     layers: Int = None

@@ -7,7 +7,7 @@ import json
 from cgpt.data.export import export
 from cgpt.data.flags import DataInfo, Export, Prepare
 from cgpt.data.prepare import open_corpus, prepare
-from cgpt.data.shards import TokenDataset
+from cgpt.data.shards import TokenDataset, vocabulary_of
 
 
 def run(command: Prepare | Export | DataInfo, progress: bool) -> None:
@@ -16,8 +16,16 @@ def run(command: Prepare | Export | DataInfo, progress: bool) -> None:
 
 
 def _prepare(command: Prepare, progress: bool) -> None:
-    size = command.vocab_size
-    _show(prepare(command.sources, command.out, workers=command.workers, progress=progress, vocab_size=size), False)
+    dataset = prepare(
+        command.sources,
+        command.out,
+        workers=command.workers,
+        progress=progress,
+        vocab_size=command.vocab_size,
+        vocabulary=command.vocab_from and vocabulary_of(command.vocab_from),
+        text_field=command.text_field,
+    )
+    _show(dataset, False)
 
 
 def _export(command: Export, progress: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cgpt.train_flags import Int, Switch
+from cgpt.train_flags import Folder, Int, Switch
 
 Named = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
 
@@ -18,12 +18,17 @@ class Prepare:
     """Turn text into token shards that train and eval open at once."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
-    """Text files (.txt, .jsonl, packed or not), folders of them, moby-dick or python-stdlib."""
+    """Text files (.txt, .jsonl, packed or not, .parquet, .arrow), folders of them, a folder that Hugging Face's
+    save_to_disk wrote, hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT of its hub, moby-dick or python-stdlib."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Dataset folder to write; one left by an interrupted run is finished."""
     vocab_size: Int = None
     """Learn a byte-pair vocabulary of so many ids from the text, which a model trained on DIR then has; 257 to 65535
     (default: GPT-2's vocabulary of 50257)."""
+    vocab_from: Folder = None
+    """A prepared dataset or a run whose vocabulary to use, so that runs and data go together."""
+    text_field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
+    """The field of JSON lines, or the column of tables, that holds the text."""
     workers: Int = None
     """Threads that encode (default: one a core)."""
 

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cgpt.data import shards
-from cgpt.data.sources import BUILT_IN, Corpus, Piece, find, read
+from cgpt.data.sources import BUILT_IN, TEXT_FIELD, Corpus, Piece, find, read
 from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2, read_tokenizer
 from cgpt.data.vocabulary import check_size, learn
 from cgpt.data.writer import DTYPE, Encoded, ShardWriter, folder_for_one
@@ -44,11 +44,14 @@ def prepare(
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
     vocab_size: int | None = None,
+    vocabulary: Tokenizer | None = None,
+    text_field: str = TEXT_FIELD,
 ) -> shards.TokenDataset:
-    """Tokenize `sources` (text files, folders of them, built-in names) into the dataset folder `out`.
+    """Tokenize `sources` (as `sources.find` knows them) into the dataset folder `out`.
 
     Each document is followed by EOT. `vocab_size` asks for a vocabulary of that many ids learnt from the sources, which
-    are then read twice (default: GPT-2's). `workers` threads encode (default: the cores this process may use).
+    are then read twice; `vocabulary` is one to use (default: GPT-2's). `text_field` is of JSON lines and tables.
+    `workers` threads encode (default: the cores this process may use).
     `out` must be new, empty, or left by an interrupted run with the same sources and vocabulary, which is then
     finished; one that holds the finished dataset of the same sources is opened. A shard closes at the first batch
     that takes it to `shard_tokens`.
@@ -60,11 +63,13 @@ def prepare(
     """
     if vocab_size is not None:
         check_size(vocab_size)
-    corpora = [find(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    if vocab_size is not None and vocabulary is not None:
+        raise InputError("--vocab-from: wanted it or --vocab-size, got both")
+    corpora = [find(source, text_field) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     if not corpora:
         raise InputError(f"{out}: wanted at least one source to prepare, got none")
     out = Path(out)
-    vocabulary = vocab_size or gpt2()
+    vocabulary = vocab_size or vocabulary or gpt2()
     fingerprint = _fingerprint(corpora, vocabulary, shard_tokens)
     with folder_for_one(out, wait=False):
         return _prepare_locked(corpora, out, vocabulary, fingerprint, workers, progress, shard_tokens)
@@ -155,7 +160,7 @@ def _prepare_locked(
 
 def _settle(vocabulary: Tokenizer | int, corpora: list[Corpus], writer: ShardWriter, progress: bool) -> Tokenizer:
     """The tokenizer to encode with, learnt if need be, and kept in the dataset's folder where it is not GPT-2's."""
-    if vocabulary is gpt2():
+    if isinstance(vocabulary, Tokenizer) and vocabulary.hash == gpt2().hash:
         return vocabulary
     if (kept := writer.vocabulary()) is not None:
         return kept
@@ -207,7 +212,7 @@ def _bar(doing: str, corpora: list[Corpus], progress: bool) -> tqdm:
     """Bytes of source read, time left, tokens per second; a line every ten seconds where nobody watches."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     total = sum(corpus.size() for corpus in corpora)
-    return tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not progress, mininterval=interval)
+    return tqdm(total=total or None, unit="B", unit_scale=True, desc=doing, disable=not progress, mininterval=interval)
 
 
 def _batches(corpora: list[Corpus], skipped: Counter[str], size: int) -> Iterator[tuple[int, list[Piece]]]:

@@ -39,6 +39,7 @@ MANIFEST = "dataset.json"
 UNFINISHED = "unfinished.json"
 DOCUMENTS = "documents.idx"
 STAMP = ".verified"
+CONFIG = "config.json"  # of a run
 
 
 class TokenDataset:
@@ -154,6 +155,25 @@ def vocabulary_beside(path: Path) -> Path | None:
     """The `tokenizer.json` that lies with the token files `path`, a file or a folder; None where there is none."""
     own = (path if path.is_dir() else path.parent) / TOKENIZER
     return own if own.exists() else None
+
+
+def vocabulary_of(path: str | Path) -> Tokenizer:
+    """The vocabulary of a prepared dataset, a folder that `cgpt data export` wrote, or a run.
+
+    Raises InputError for a folder of another kind, and as `read_tokenizer` does.
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        return _open_prepared(path, verify=False).tokenizer
+    wanted = None
+    if (path / CONFIG).exists():
+        try:
+            wanted = json.loads((path / CONFIG).read_bytes())["dataset"].get("vocabulary")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path / CONFIG}: wanted a run's configuration, got another file") from error
+    elif not (path / TOKENIZER).exists():
+        raise InputError(f"{path}: wanted a prepared dataset or a run, to take its vocabulary, got neither")
+    return read_tokenizer(path / TOKENIZER, wanted) if wanted or (path / TOKENIZER).exists() else gpt2()
 
 
 def _of_prefix(path: Path) -> Path | None:
