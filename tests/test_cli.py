@@ -54,7 +54,7 @@ def refused(capsys, *argv):
         ("data info nowhere", "nowhere: no such file or folder"),
         ("data prepare corpus.txt", "Missing from cgpt data prepare: --out DIR"),
         ("data", "Expected one of {prepare, export, info}"),
-        ("", "Expected one of {train, plan, fit, coord-check, sweep, ablate, eval, generate, data, info}"),
+        ("", "Expected one of {train, plan, fit, coord-check, sweep, ablate, eval, generate, plot, data, info}"),
         ("dance", "Unrecognized options: dance"),
     ],
 )

@@ -1,6 +1,6 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   fit   coord-check   sweep   ablate   eval   generate   data prepare   data export   data info   info
+    train   plan   fit   coord-check   sweep   ablate   eval   generate   plot   data prepare|export|info   info
 
 Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
 (128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
@@ -27,6 +27,7 @@ from cgpt.data.flags import Data
 from cgpt.errors import InputError
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.planning.flags import Plan
+from cgpt.plot_flags import Plot
 from cgpt.read_flags import Eval, Generate
 from cgpt.train_flags import Switch, TrainConfig
 
@@ -71,6 +72,7 @@ Command = (
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -138,7 +140,7 @@ def run(command) -> int:
     if isinstance(command, Sweep | Ablate):
         return _experiment(command)
     steps = {Plan: _plan, Fit: _fit, CoordCheck: _coord_check, Eval: _eval, Generate: _generate}
-    steps |= {Data: _data, Info: _info}
+    steps |= {Plot: _plot, Data: _data, Info: _info}
     steps[type(command)](command)
     return 0
 
@@ -202,6 +204,13 @@ def _fit(command: Fit) -> None:
     print(json.dumps(fit_report.to_dict(fitted), indent=1) if command.json else fit_report.show(fitted))
     if command.plot:
         fit_report.plot(fitted, command.plot)
+
+
+def _plot(command: Plot) -> None:
+    from cgpt.comparison import compare
+
+    path, notes = compare(command)
+    print("\n".join([*(f"note: {note}" for note in notes), str(path)]))
 
 
 def _coord_check(command: CoordCheck) -> None:
