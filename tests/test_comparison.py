@@ -217,7 +217,7 @@ def test_many_runs_fit_beside_their_legend(tmp_path, drawn):
     for i in range(35):
         make_run(tmp_path / f"more/{i}", rows_of(1))
     (tmp_path / "out.png").unlink()
-    refusal("runs: wanted at most 64 runs in one picture, got 65", tmp_path, tmp_path / "runs", tmp_path / "more")
+    refusal("runs: wanted at most 32 runs in one picture, got 65", tmp_path, tmp_path / "runs", tmp_path / "more")
 
 
 def test_runs_of_very_different_lengths_share_a_logarithmic_axis(tmp_path, drawn):

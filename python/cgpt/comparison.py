@@ -40,11 +40,11 @@ LOSSES = ("loss", "bits-per-byte")
 CURVES_WITH_STEPS = 4  # of more runs than this the single steps would hide each other
 LEGEND_INSIDE = 6
 LEGEND_ROW = 0.19  # inches
-MOST_RUNS = 64
 LENGTHS = 10  # between runs, from which on a linear axis would leave the short one no room
 START = 0.04  # share of a run whose loss falls too far to share an axis with the rest of it
 POINTS = 2000  # of a curve; more than the picture is wide
 STYLES = ("-", "--", ":", "-.")  # once the colours are used up
+MOST_RUNS = len(COLOURS) * len(STYLES)  # that can be told apart
 
 
 @dataclass(frozen=True)

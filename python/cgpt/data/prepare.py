@@ -1,7 +1,7 @@
 """Text to token shards: read in order, tokenize in parallel, write in order, survive a kill.
 
     pieces of text --(batches of a fixed size)--> threads --(in order)--> shard-00000.bin, ...
-    all of the text first --(where asked for)--> tokenizer.json
+    what training will see first --(where asked for)--> tokenizer.json
 
 Batches and shards are cut by the text alone, so the bytes written depend neither on the number of workers
 nor on interruptions. tiktoken releases the interpreter lock while it encodes (97 % of a batch's time, EPYC
@@ -19,12 +19,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from cgpt.data import shards
+from cgpt.data.loader import held_out, most_held_out
 from cgpt.data.sources import BUILT_IN, TEXT_FIELD, Corpus, Piece, find, read
 from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2, read_tokenizer
 from cgpt.data.vocabulary import check_size, learn
@@ -34,6 +36,7 @@ from cgpt.files import user_cache
 
 BATCH_CHARS = 1 << 20  # about 0.25M tokens: 50 ms of work, against which handing it over costs nothing
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
+BLOCK_DOCUMENTS = 1 << 14  # whose hashes are computed at once
 
 
 def prepare(
@@ -123,7 +126,7 @@ def _has_tokens(name_or_path: str | Path) -> bool:
 
 def _fingerprint(corpora: list[Corpus], vocabulary: Tokenizer | int, shard_tokens: int) -> str:
     """Equal where a run would write the same bytes, as far as names, sizes and times of the sources tell."""
-    kind = f"{vocabulary} learnt" if isinstance(vocabulary, int) else vocabulary.hash
+    kind = f"{vocabulary} learnt from what is trained on" if isinstance(vocabulary, int) else vocabulary.hash
     settings = [shards.VERSION, kind, BATCH_CHARS, shard_tokens]
     parts = settings + [corpus.fingerprint() for corpus in corpora]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -165,19 +168,51 @@ def _settle(vocabulary: Tokenizer | int, corpora: list[Corpus], writer: ShardWri
     if (kept := writer.vocabulary()) is not None:
         return kept
     if isinstance(vocabulary, int):
-        with _bar("learning", corpora, progress) as bar:
-            vocabulary = learn(_texts(corpora, bar), vocabulary)
+        vocabulary = _learn(vocabulary, corpora, progress)
     writer.keep(vocabulary)
     return vocabulary
 
 
-def _texts(corpora: list[Corpus], bar: tqdm) -> Iterator[str]:
-    finished = 0
+def _learn(n_vocab: int, corpora: list[Corpus], progress: bool) -> Tokenizer:
+    """The vocabulary of the documents that training sees by default: those not held out by their hash.
+
+    Where that would hold out so much that `train_val_split` goes another way, which is known once all have been read,
+    all are read again and count. A single document is held out from its tail on, and counts whole.
+    """
+    shares = Counter()
+    try:
+        with _bar("learning", corpora, progress) as bar:
+            found = learn(_texts(corpora, bar, shares), n_vocab)
+    except InputError:
+        if shares["held out"] <= most_held_out() * shares.total():
+            raise
+    else:
+        if shares["held out"] <= most_held_out() * shares.total():
+            return found
+    with _bar("learning", corpora, progress) as bar:
+        return learn(_texts(corpora, bar), n_vocab)
+
+
+def _texts(corpora: list[Corpus], bar: tqdm, shares: Counter[str] | None = None) -> Iterator[str]:
+    """All texts; with `shares`, in which characters are counted, without the documents that are held out."""
+    marks = _marks()
+    finished, held = 0, next(marks)
     for corpus in corpora:
         for piece in read(corpus, Counter()):
-            yield piece.text
+            if shares is not None:
+                shares["held out" if held else "seen"] += len(piece.text)
+            if not held or shares is None:
+                yield piece.text
+            if piece.ends_document:
+                held = next(marks)
             bar.update(finished + piece.consumed - bar.n)
         finished += corpus.size()
+
+
+def _marks() -> Iterator[bool]:
+    """Whether document 0, 1, ... is held out."""
+    for start in count(0, BLOCK_DOCUMENTS):
+        yield from held_out(np.arange(start, start + BLOCK_DOCUMENTS)).tolist()
 
 
 def _encode_all(
