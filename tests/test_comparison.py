@@ -203,6 +203,12 @@ def test_folders_of_runs_and_names_that_tell_them_apart(tmp_path, drawn):
     assert [text.split(" ")[0] for text in legend(drawn[0])] == ["y/a", "y/b", "x/a", "x/b"]
 
 
+def test_names_that_matplotlib_would_take_for_something_else(tmp_path, drawn):
+    runs = [make_run(tmp_path / name, rows_of(5)) for name in ("_hidden", "a$b_{$c")]
+    plot(tmp_path, *runs, title="$\\frac{$")
+    assert legend(drawn[0]) == ["./_hidden (809 k): 4.209", r"a\$b_{\$c (809 k): 4.209"]
+
+
 def test_many_runs_fit_beside_their_legend(tmp_path, drawn):
     for i in range(30):
         make_run(tmp_path / f"runs/{i:02d}", rows_of(5, start=6 + i / 10))
@@ -255,7 +261,14 @@ def test_what_is_asked_wrongly(tmp_path):
     for out in ("out.gif", "no/out.png"):
         with pytest.raises(InputError, match="--out: wanted a file "):
             compare(Plot((run,), tmp_path / out))
-    for damage in ("3\n", "{}\n", '{"step": "1", "tokens": 8}\n', '{"step": 1, "tokens": null}\n'):
+    for damage in (
+        "3\n",
+        '{"step": 1, "tokens": NaN}\n',
+        '{"step": 1, "tokens": -8}\n',
+        "{}\n",
+        '{"step": "1", "tokens": 8}\n',
+        '{"step": 1, "tokens": null}\n',
+    ):
         (run / "metrics.jsonl").write_text(json.dumps(rows_of(1)[0]) + "\n" + damage)
         refusal(r"metrics\.jsonl:2: wanted a row of metrics with step and tokens, got another", tmp_path, run)
     (run / "config.json").write_text("{")

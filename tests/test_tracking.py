@@ -4,10 +4,8 @@ import json
 import re
 import sqlite3
 import struct
-import sys
 import threading
 import time
-import types
 from typing import ClassVar
 
 import pytest
@@ -42,9 +40,7 @@ def fakes(monkeypatch):
     """Trackers `one` and `two`, as if installed."""
     monkeypatch.setattr(Fake, "opened", [])
     monkeypatch.setattr(tracking, "TRACKERS", {"one": Fake, "two": Fake})
-    monkeypatch.setitem(sys.modules, "one", types.ModuleType("one"))
-    monkeypatch.setitem(sys.modules, "two", types.ModuleType("two"))
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: name if name in ("one", "two") else None)
+    monkeypatch.setattr(tracking, "_installed", lambda name: name in ("one", "two"))
 
 
 def session(folder, run, steps, start=0, furthest=0, said=None):
@@ -104,7 +100,13 @@ def test_what_is_asked_wrongly_is_one_line(tmp_path, fakes):
             tracked([], None, tmp_path)
 
 
-def test_a_package_that_is_missing(monkeypatch):
+def test_a_package_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "TRACKERS", {"wandb": Fake, "no_such_tracker": Fake})
+    (tmp_path / "no_such_tracker").mkdir()
+    (tmp_path / "no_such_tracker/run-1").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)  # as the working folder is
+    with pytest.raises(InputError, match="wanted the no_such_tracker package, got none"):
+        tracked(["no_such_tracker"], None)
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"^--track: wanted the wandb package, got none: pip install wandb$"):
         tracked(["wandb"], None)

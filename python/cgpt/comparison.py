@@ -109,25 +109,35 @@ def _kind(path: Path) -> str:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The folders' last parts, as many as tell them apart."""
+    """The folders' last parts, as many as tell them apart, as matplotlib takes them for text."""
     parts = [folder.resolve().parts for folder in folders]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
+    names = [_plain("/".join(part[-depth:])) for part in parts]
+    return [f"./{name}" if name.startswith("_") else name for name in names]  # a label in _ is kept out of legends
+
+
+def _plain(text: str) -> str:
+    """`text` without the dollars that would make it a formula."""
+    return text.replace("$", r"\$")
 
 
 def _load(folder: Path) -> tuple[Path, Recipe, dict, list[dict]]:
     recipe, identity = read_config(folder)
     rows = read(folder)
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not all(_is_number(row.get(name)) for name in ("step", "tokens")):
+        if not isinstance(row, dict) or not all(_counts(row.get(name)) for name in ("step", "tokens")):
             raise InputError(f"{folder / METRICS}:{number}: wanted a row of metrics with step and tokens, got another")
     return folder, recipe, identity, rows
 
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _counts(value) -> bool:
+    return _is_number(value) and 0 <= value < math.inf
 
 
 def _factors(loaded: list[tuple]) -> list[float]:
@@ -237,7 +247,7 @@ def _draw(found: list[Curves], command: Plot) -> Path:
     _scale_y(axes, command.y, np.concatenate(late_y))
     axes.set_xlabel(LABELS[command.x] + (f", {unit}" if unit else ""))
     axes.set_ylabel(LABELS[command.y])
-    axes.set_title(command.title, fontsize=11)
+    axes.set_title(_plain(command.title), fontsize=11)
     plain(axes)
     told = "line: training, smoothed\ndots: held out, the last in numbers" if losses else None
     look = {"title": told, "title_fontsize": 8, "frameon": False, "fontsize": 9, "alignment": "left"}

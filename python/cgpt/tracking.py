@@ -128,7 +128,7 @@ def tracked(names: Sequence[str], project: str | None, folder: Path | None = Non
     for name in wanted:
         if name not in TRACKERS:
             raise InputError(f"--track: wanted one of {', '.join(TRACKERS)}, got {name}")
-        if importlib.util.find_spec(name) is None:
+        if not _installed(name):
             raise InputError(f"--track: wanted the {name} package, got none: pip install {name}")
     if project is not None and not wanted:
         raise InputError("--project: wanted --track with it, got none")
@@ -224,6 +224,12 @@ class _Line:
             tracker.close()
         except BaseException as error:  # whatever it is, SystemExit too, it is the tracker's and not the run's
             self.lost = self.lost or f"at {at}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _installed(name: str) -> bool:
+    """A folder of that name, as wandb leaves one in many a working folder, is no package: it has no origin."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
 
 
 def _log_in() -> None:

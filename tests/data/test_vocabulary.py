@@ -195,6 +195,7 @@ def test_a_vocabulary_from_elsewhere(whole, source, learnt, tmp_path, capsys):
         SIZE - 1,
     ]
     assert dataset.tokenizer.hash == learnt.hash
+    assert shards.vocabulary_of(whole / "tokenizer.json").hash == learnt.hash
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"dataset": {"vocabulary": learnt.hash}}))

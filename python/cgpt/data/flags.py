@@ -26,7 +26,7 @@ class Prepare:
     """Learn a byte-pair vocabulary of so many ids from the text, which a model trained on DIR then has; 257 to 65535
     (default: GPT-2's vocabulary of 50257)."""
     vocab_from: Folder = None
-    """A prepared dataset or a run whose vocabulary to use, so that runs and data go together."""
+    """A prepared dataset, run or tokenizer.json whose vocabulary to use, so that runs and data go together."""
     text_field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
     """The field of JSON lines, or the column of tables, that holds the text."""
     workers: Int = None

@@ -158,11 +158,13 @@ def vocabulary_beside(path: Path) -> Path | None:
 
 
 def vocabulary_of(path: str | Path) -> Tokenizer:
-    """The vocabulary of a prepared dataset, a folder that `cgpt data export` wrote, or a run.
+    """The vocabulary of a prepared dataset, a folder that `cgpt data export` wrote, a run, or a `tokenizer.json`.
 
     Raises InputError for a folder of another kind, and as `read_tokenizer` does.
     """
     path = Path(path)
+    if path.is_file():
+        return read_tokenizer(path)
     if (path / MANIFEST).exists():
         return _open_prepared(path, verify=False).tokenizer
     wanted = None

@@ -99,7 +99,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[tuple[pyarrow.Array, int]]
 def _arrow(path: Path, text_field: str) -> Iterator[tuple[pyarrow.Array, int]]:
     import pyarrow
 
-    with pyarrow.OSFile(str(path)) as raw:
+    with path.open("rb") as raw:
         is_file = raw.read(6) == b"ARROW1"
         raw.seek(0)
         with pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw) as reader:

@@ -94,6 +94,32 @@ def test_a_large_vocabulary_takes_int32(tmp_path):
     assert (found.tokens(0, 2).tolist(), found.dtype) == ([70_000, 1], np.dtype("<i4"))
 
 
+def test_a_document_that_no_int32_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(megatron, "MOST_LENGTH", 2)
+    dataset = TokenDataset("t", [np.array([7, 8, EOT], dtype="<u2")], np.array([3]))
+    with pytest.raises(InputError, match="t: wanted documents of at most 2 ids, got one of 3"):
+        export(dataset, "megatron", tmp_path / "out", fraction=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_megatrons_own_reader_and_writer_agree(tmp_path):
+    theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset", exc_type=ImportError)
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, 50257, size=n) for n in (3, 1, 40, 7)]
+    dataset = TokenDataset("t", [np.concatenate(parts).astype("<u2")], np.cumsum([len(part) for part in parts]))
+    export(dataset, "megatron", tmp_path / "out", fraction=0)
+    read = theirs.IndexedDataset(str(tmp_path / "out/all"))
+    assert [read[i].tolist() for i in range(len(read))] == [part.tolist() for part in parts]
+    built = theirs.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for part in parts:
+        built.add_item(torch.tensor(part))
+        built.end_document()
+    built.finalize(str(tmp_path / "theirs.idx"))
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"theirs.{ending}").read_bytes() == (tmp_path / f"out/all.{ending}").read_bytes()
+
+
 LIES = {
     "a magic": ({"magic": b"TNTIDX\0\0\0"}, r"a\.idx: wanted Megatron's index to begin with b'MMIDIDX"),
     "a version": ({"version": 2}, "wanted index version 1, got 2"),

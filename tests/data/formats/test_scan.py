@@ -57,6 +57,15 @@ def test_a_change_is_noticed(tmp_path, kept):
     assert len(kept) == 3
 
 
+def test_a_pair_opened_by_its_index_is_read_again_after_its_ids_have_changed(tmp_path, kept):
+    index = tmp_path / "a.idx"
+    index.write_bytes(b"an index")
+    scan(index, write(tmp_path / "a.bin", [3, 9]), 9)
+    scan(index, [np.array([3, 9], "<u2")], 9)
+    assert len(kept) == 1
+    assert facts(scan(index, write(tmp_path / "a.bin", [9, 4]), 9)) == ((9, 0), (0, 0), [1])
+
+
 def test_damage_to_what_was_kept_costs_a_pass(tmp_path, kept):
     path = tmp_path / "a.bin"
     arrays = write(path, [3, 9, 4])

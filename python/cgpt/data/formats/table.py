@@ -14,7 +14,7 @@ DATA = (".bin", ".ds")  # those that hold ids; .idx goes with a .bin
 
 def token_files(folder: Path) -> list[Path]:
     """The token files of `folder`, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix in DATA)
+    return sorted(path for path in folder.iterdir() if path.suffix in DATA and path.is_file())
 
 
 def read_token_file(path: Path) -> TokenFile:
