@@ -247,7 +247,7 @@ def _draw(found: list[Curves], command: Plot) -> Path:
     _scale_y(axes, command.y, np.concatenate(late_y))
     axes.set_xlabel(LABELS[command.x] + (f", {unit}" if unit else ""))
     axes.set_ylabel(LABELS[command.y])
-    axes.set_title(_plain(command.title), fontsize=11)
+    axes.set_title(_plain(command.title or ""), fontsize=11)
     plain(axes)
     told = "line: training, smoothed\ndots: held out, the last in numbers" if losses else None
     look = {"title": told, "title_fontsize": 8, "frameon": False, "fontsize": 9, "alignment": "left"}

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cgpt.train_flags import Int, Switch
+from cgpt.train_flags import Int, Switch, Text
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
 
@@ -33,5 +33,5 @@ class Plot:
     """Steps that a training curve is averaged over, 1 for none (default: a fortieth of the run)."""
     log_x: Switch = False
     """A logarithmic axis, as --x flops and runs of very different lengths have anyway."""
-    title: str = ""
+    title: Text = None
     """Above the picture (default: none)."""

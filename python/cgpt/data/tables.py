@@ -76,7 +76,7 @@ def read_table(path: Path, text_field: str) -> Iterator[tuple[str, bool, int]]:
             for text in _checked(column):
                 yield _text(path, row, text), True, consumed
                 row += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, MemoryError) as error:  # a length that lies may ask for more than there is
         raise InputError(f"{path}: wanted a whole {path.suffix} file, got a damaged one: {_line(error)}") from error
     except OSError as error:
         if error.errno is not None:
