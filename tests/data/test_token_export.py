@@ -9,7 +9,7 @@ import pytest
 
 from cgpt import cli
 from cgpt.data import export as room
-from cgpt.data.export import export
+from cgpt.data.export import export, stream_of
 from cgpt.data.formats import llmc
 from cgpt.data.formats.table import WRITERS
 from cgpt.data.formats.token_file import Stream
@@ -191,6 +191,15 @@ def test_a_fault_leaves_nothing(tmp_path, monkeypatch, fault, at):
     assert list(tmp_path.iterdir()) == []
     if isinstance(fault, OSError):
         assert caught.value.filename == str(tmp_path / "out")
+
+
+def test_progress_counts_every_token_once(whale, tmp_path):
+    for kind in WRITERS:
+        for split in train_val_split(whale, 1):
+            told = []
+            (tmp_path / kind).mkdir(exist_ok=True)
+            WRITERS[kind](tmp_path / kind, split.name, stream_of(split, told.append))
+            assert sum(told) == split.n_tokens
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

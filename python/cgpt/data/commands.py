@@ -30,7 +30,7 @@ def _prepare(command: Prepare, progress: bool) -> None:
 
 def _export(command: Export, progress: bool) -> None:
     dataset = open_corpus(command.data, progress=progress)
-    for path in export(dataset, command.format, command.out, fraction=command.held_out):
+    for path in export(dataset, command.format, command.out, fraction=command.held_out, progress=progress):
         print(f"{path}  {path.stat().st_size:,} bytes")
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from cgpt.data.formats.table import WRITERS
 from cgpt.data.formats.token_file import Stream
@@ -24,7 +26,9 @@ from cgpt.errors import InputError
 from cgpt.files import sync_folder
 
 
-def export(dataset: TokenDataset, kind: str, out: str | Path, *, fraction: float = 0.05, seed: int = 0) -> list[Path]:
+def export(
+    dataset: TokenDataset, kind: str, out: str | Path, *, fraction: float = 0.05, seed: int = 0, progress: bool = False
+) -> list[Path]:
     """Writes `dataset` into the new or empty folder `out` as `kind`, a key of WRITERS, and returns the files.
 
     fraction: of the documents to hold out by `train_val_split` with this seed, whose defaults are those of training; 0
@@ -46,8 +50,9 @@ def export(dataset: TokenDataset, kind: str, out: str | Path, *, fraction: float
     folder = out.absolute().with_name(f"{out.absolute().name}.{os.getpid()}.tmp")
     folder.mkdir()
     try:
-        for part in parts:
-            WRITERS[kind](folder, part.name, stream_of(part))
+        with tqdm(total=dataset.n_tokens, unit=" tokens", unit_scale=True, desc="writing", disable=not progress) as bar:
+            for part in parts:
+                WRITERS[kind](folder, part.name, stream_of(part, bar.update))
         if dataset.vocabulary is not None:
             (folder / TOKENIZER).write_bytes(dataset.tokenizer.file)
         for path in folder.iterdir():
@@ -63,8 +68,14 @@ def export(dataset: TokenDataset, kind: str, out: str | Path, *, fraction: float
     return sorted(out.iterdir())
 
 
-def stream_of(split: Split) -> Stream:
-    """`split` as a format writes it. A document that the split cuts ends, or begins, at the cut."""
+def stream_of(split: Split, read: Callable[[int], object] = lambda n: None) -> Stream:
+    """`split` as a format writes it. A document that the split cuts ends, or begins, at the cut. read: told of every
+    so many tokens that are on their way."""
+
+    def tokens(start: int, stop: int) -> np.ndarray:
+        read(stop - start)
+        return split.tokens(start, stop)
+
     dataset, ends = split.dataset, np.asarray(split.dataset.document_ends)
     offsets = np.concatenate([[0], np.cumsum(split.stops - split.starts)])
     span = np.minimum(np.searchsorted(split.stops, ends), len(split.stops) - 1)
@@ -72,7 +83,7 @@ def stream_of(split: Split) -> Stream:
     own = ends[inside] - split.starts[span[inside]] + offsets[span[inside]]
     return Stream(
         name=dataset.name,
-        tokens=split.tokens,
+        tokens=tokens,
         n_tokens=split.n_tokens,
         document_ends=np.union1d(own, offsets[1:]),
         vocab_size=dataset.vocab_size,
