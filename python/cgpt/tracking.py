@@ -29,7 +29,7 @@ from cgpt.files import write_atomically
 FILE = "tracking.json"
 PROJECT = "cgpt"
 BEHIND = 10_000  # rows that a tracker may be behind
-CLOSE_SECONDS = 60.0  # to send what is left, all trackers together
+CLOSE_SECONDS = 20.0  # to send what is left, all trackers together: less than the 30 that clusters give after SIGTERM
 
 
 class Tracker(Protocol):

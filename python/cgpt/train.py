@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -100,7 +101,7 @@ def job_of(config: TrainConfig) -> Job:
 def train_job(job: Job) -> Summary:
     """`train`, of a recipe that need not have come from the command line."""
     run = open_run(job)
-    with contextlib.closing(run.lock), contextlib.closing(run.store):
+    with closing(run.lock), closing(run.store):
         return to_the_end(run)
 
 
@@ -119,8 +120,7 @@ def to_the_end(run: Run) -> Summary:
     began = time.monotonic()
     evaluation: HeldOut | None = None
     saving = run.checkpoints.to_the_end(console.say)
-    ends = contextlib.closing(metrics), contextlib.closing(tracking), contextlib.closing(live)
-    with ends[0], ends[1], ends[2], stop_signals() as stop, saving:
+    with closing(metrics), closing(tracking), closing(live), stop_signals() as stop, saving:
         while run.step < recipe.steps:
             row = one_step(run)
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
