@@ -1,7 +1,7 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   fit   coord-check   sweep   ablate   eval   generate   import   export
-    data prepare   data info   info
+    train   plan   fit   coord-check   sweep   ablate   eval   generate   import   export   plot
+    data prepare|export|info   info
 
 Exit codes: 0 done; 1 `info` found an op wrong; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or
 143 after Ctrl-C or SIGTERM (128 and the signal's number, as shells count), with the run saved. Nothing heavy is
@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from cgpt.data.flags import Data
 from cgpt.errors import InputError
 from cgpt.evaluate.flags import Eval
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
@@ -31,39 +32,8 @@ from cgpt.generate_flags import Generate
 from cgpt.info_flags import Info
 from cgpt.interchange.flags import Export, Import
 from cgpt.planning.flags import Plan
-from cgpt.train_flags import Int, Switch, TrainConfig
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Turn text into token shards that train and eval open at once."""
-
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
-    """Text files (.txt, .jsonl, packed or not), folders of them, moby-dick or python-stdlib."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Dataset folder to write; one left by an interrupted run is finished."""
-    vocab_size: Int = None
-    """Learn a byte-pair vocabulary of so many ids from the text, which a model trained on DIR then has; 257 to 65535
-    (default: GPT-2's vocabulary of 50257)."""
-    workers: Int = None
-    """Threads that encode (default: one a core)."""
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What a dataset holds."""
-
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """As for train."""
-    json: Switch = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Prepare token shards, or look into them."""
-
-    command: Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[DataInfo, tyro.conf.subcommand("info")]
+from cgpt.plot_flags import Plot
+from cgpt.train_flags import Switch, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -100,6 +70,7 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -170,10 +141,8 @@ def run(command) -> int:
         from cgpt.info import info
 
         return info(command)
-    if isinstance(command, Data):
-        command = command.command
     steps = {Plan: _plan, Fit: _fit, CoordCheck: _coord_check, Eval: _eval, Generate: _generate}
-    steps |= {Import: _import, Export: _export, Prepare: _prepare, DataInfo: _data_info}
+    steps |= {Import: _import, Export: _export, Plot: _plot, Data: _data}
     steps[type(command)](command)
     return 0
 
@@ -239,6 +208,13 @@ def _fit(command: Fit) -> None:
         fit_report.plot(fitted, command.plot)
 
 
+def _plot(command: Plot) -> None:
+    from cgpt.comparison import compare
+
+    path, notes = compare(command)
+    print("\n".join([*(f"note: {note}" for note in notes), str(path)]))
+
+
 def _coord_check(command: CoordCheck) -> None:
     from cgpt.experiments.commands import run_coord_check
 
@@ -276,32 +252,8 @@ def _say_placed(where: str) -> None:
     print(f"placed   {where}", file=sys.stderr, flush=True)
 
 
-def _prepare(command: Prepare) -> None:
+def _data(command: Data) -> None:
     from cgpt.console import interactive
-    from cgpt.data.prepare import prepare
+    from cgpt.data.commands import run as run_data
 
-    size, bar = command.vocab_size, interactive()
-    _show(prepare(command.sources, command.out, workers=command.workers, progress=bar, vocab_size=size), False)
-
-
-def _data_info(command: DataInfo) -> None:
-    from cgpt.console import interactive
-    from cgpt.data.prepare import open_corpus
-
-    _show(open_corpus(command.data, progress=interactive()), command.json)
-
-
-def _show(dataset, as_json: bool) -> None:
-    rows = {
-        "name": dataset.name,
-        "tokens": dataset.n_tokens,
-        "documents": dataset.n_documents,
-        "text_bytes": dataset.text_bytes,
-        "vocab_size": dataset.vocab_size,
-        "dtype": str(dataset.dtype),
-    }
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for name, value in rows.items():
-        print(f"{name:10} {f'{value:,}' if isinstance(value, int) else value}")
+    run_data(command.command, interactive())

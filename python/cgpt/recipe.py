@@ -186,7 +186,7 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or value is False or field.name in ("config", "out", "resume", "timeline"):
+        if value is None or value is False or field.name in ("config", "out", "resume", "timeline", "track", "project"):
             continue
         value = _where(config).get(field.name, value)
         if field.name in ("batch_size", "batch_schedule"):

@@ -16,7 +16,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -61,6 +62,7 @@ from cgpt.stream.probe import probe
 from cgpt.stream.selfcheck import check_machine
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
+from cgpt.tracking import Tracked, Tracking, tracked
 from cgpt_ext import dispatch
 
 SAMPLE_PROMPT = 16  # tokens of held-out text that the sample at the end continues
@@ -84,22 +86,24 @@ class Job:
     folder: Path
     identity: dict | None = None
     timeline: bool = False
+    tracked: Tracked = field(default_factory=Tracked)
 
 
 def job_of(config: TrainConfig) -> Job:
     """What `config` asks for. Raises InputError, naming the flag, where it makes no run."""
     if not config.resume:
         recipe = resolve(config, config.data and own_vocab_size(config.data))
-        return Job(recipe, new_folder(config, recipe), None, config.timeline)
+        return Job(recipe, new_folder(config, recipe), None, config.timeline, tracked(config.track, config.project))
     folder = resumed_folder(config)
     saved, identity = read_resumed(folder)
-    return Job(resolve_resumed(config, saved, folder), folder, identity, config.timeline)
+    recipe, trackers = resolve_resumed(config, saved, folder), tracked(config.track, config.project, folder)
+    return Job(recipe, folder, identity, config.timeline, trackers)
 
 
 def train_job(job: Job) -> Summary:
     """`train`, of a recipe that need not have come from the command line."""
     run = open_run(job)
-    with contextlib.closing(run.lock), contextlib.closing(run.store):
+    with closing(run.lock), closing(run.store):
         return to_the_end(run)
 
 
@@ -113,17 +117,19 @@ def to_the_end(run: Run) -> Summary:
 
     flops = matmul_flops_per_token(recipe.shape, recipe.seq_len)
     metrics = Metrics(run.folder, run.step)
+    tracking = Tracking(run.tracked, run.folder, recipe.to_dict(), run.step, metrics.furthest, console.say)
     live = console.Live(recipe.steps, run.step, flops)
     began = time.monotonic()
     evaluation: HeldOut | None = None
     saving = run.checkpoints.to_the_end(console.say)
-    with contextlib.closing(metrics), contextlib.closing(live), stop_signals() as stop, saving:
+    with closing(metrics), closing(tracking), closing(live), stop_signals() as stop, saving:
         while run.step < recipe.steps:
             row = one_step(run)
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
                 evaluation = evaluate(run)
-                row["val_loss"] = evaluation.loss
+                row |= {"val_loss": evaluation.loss, "val_bits_per_byte": evaluation.bits_per_byte}
             metrics.append(row)
+            tracking.log(row)
             live.step(row)
             stopping = bool(stop)  # looked at once: a signal from here on is the next step's
             run.checkpoints.notice()
@@ -190,6 +196,7 @@ class Run:
     lock: TextIO
     lanes: LaneReport
     checkpoints: Checkpoints
+    tracked: Tracked
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -234,7 +241,7 @@ def open_run(job: Job) -> Run:
     try:
         lanes = LaneReport(store, probe(store) if placed.streams else None, job.timeline, recipe.shape.d_model)
         checkpoints = Checkpoints(folder / checkpoint.CHECKPOINTS, store, recipe.keep)
-        parts = model, store, Executor(store), optimizer, lock, lanes, checkpoints
+        parts = model, store, Executor(store), optimizer, lock, lanes, checkpoints, job.tracked
         run = Run(recipe, folder, dataset, loader, held_out, *parts)
         if start is not None:
             start_from(start, folder, recipe, optimizer.state())

@@ -18,6 +18,7 @@ Float = Annotated[float | None, _flag("FLOAT")]
 Text = Annotated[str | None, _flag("TEXT")]
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Folder = Annotated[Path | None, _flag("DIR")]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], _flag("TRACKER")]
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class TrainConfig:
     config: Annotated[Path | None, _flag("FILE")] = None
     """A preset of your own with flags that go with it, as `cgpt plan --write` leaves them (default: --model)."""
     data: Text = None
-    """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
-    llm.c (default: moby-dick)."""
+    """moby-dick, python-stdlib, text (.txt, .jsonl, .parquet), hf:NAME:SPLIT, a prepared folder, or token files of
+    nanoGPT, llm.c, Megatron or datatrove (default: moby-dick)."""
     width: Int = None
     """Of the model, with more or fewer of the preset's heads and d_ff in proportion (default: the preset's)."""
     layers: Int = None
@@ -105,5 +106,15 @@ class TrainConfig:
     """Checkpoints to keep (default: 2)."""
     out: Folder = None
     """Run folder (default: runs/MODEL-DATA, or the next free runs/MODEL-DATA-2, -3, ...)."""
+    track: tyro.conf.UseAppendAction[
+        Annotated[
+            tuple[Literal["tensorboard", "wandb", "trackio"], ...],
+            tyro.conf.arg(metavar="TRACKER", help_behavior_hint=""),
+        ]
+    ] = ()
+    """Send the metrics there too, besides metrics.jsonl: tensorboard, wandb or trackio; give it once for each. One that
+    fails is left out and the run goes on (default: with --resume the run's, else none)."""
+    project: Text = None
+    """Of wandb and trackio, to file the run under (default: cgpt)."""
     resume: Switch = False
     """Go on with the run in --out (default: the newest of runs/MODEL-DATA) from its newest whole checkpoint."""
