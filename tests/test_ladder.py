@@ -44,18 +44,19 @@ def test_the_forecast_stands_before_the_largest_is_trained(here, ladder, monkeyp
         return run(folder, cells, say)
 
     monkeypatch.setattr(ladder, "run_matrix", watched)
-    asked = "--runs runs --out out --data moby-dick --tokens-per-parameter 0.1 --sizes 5 --lr 0.02"
+    monkeypatch.setattr(ladder, "EVAL_TOKENS", 1 << 13)
+    asked = "--runs runs --out out --data moby-dick --tokens-per-parameter 0.05 --sizes 4 --lr 0.02"
     monkeypatch.setattr(sys, "argv", ["ladder.py", *asked.split()])
     ladder.main()
     (few, nothing), (all_of_them, forecast) = seen
-    assert (few, nothing, all_of_them) == (4, None, 5)
+    assert (few, nothing, all_of_them) == (3, None, 4)
     assert "measured" not in forecast
     found = json.loads((here / "out" / "forecast.json").read_text())
     assert found["forecast"] == forecast["forecast"]
     assert found["error"] == pytest.approx(found["forecast"] / found["measured"] - 1)
     with (here / "out" / "points.csv").open() as file:
         rows = list(csv.DictReader(file))
-    cells = ladder.cells(here / "runs" / "data", ladder.WIDTHS[:5], 0.1, 0.02)
+    cells = ladder.cells(here / "runs" / "data", ladder.WIDTHS[:4], 0.05, 0.02)
     assert [row["run"] for row in rows] == [cell.name for cell in cells]
     for row, cell in zip(rows, cells, strict=True):
         assert float(row["flops"]) == cell.recipe.tokens * flops_per_token(cell.recipe.shape).total
