@@ -28,14 +28,14 @@ def pytest_configure(config):
 
 @pytest.fixture
 def versus(benchmark, request):
-    """versus(ours, peers, flops=None, bytes=None, limits={}): times `ours` with each peer run just before every round.
+    """versus(ours, peers, flops=, bytes=, tokens=, limits={}): times `ours` with each peer run just before every round.
 
     `peers` maps a name to a callable. Records medians in seconds, the ratio best peer / ours (above 1: we are
-    faster), and the rate where `flops` or `bytes` of one call are given. `limits` are timed like the peers and count in
-    no ratio: what the machine can do at best.
+    faster), and the rate where `flops`, `bytes` or `tokens` of one call are given. `limits` are timed like the peers
+    and count in no ratio: what the machine can do at best.
     """
 
-    def measure(ours, peers, *, flops=None, bytes=None, limits=None, seconds=3.0):
+    def measure(ours, peers, *, flops=None, bytes=None, tokens=None, limits=None, seconds=3.0):
         limits = limits or {}
         calls = {"ours": ours, **peers, **limits}
         for call in calls.values():
@@ -59,6 +59,8 @@ def versus(benchmark, request):
             row["gflops"] = flops / row["seconds"] / 1e9
         if bytes:
             row["gigabytes_per_second"] = bytes / row["seconds"] / 1e9
+        if tokens:
+            row["tokens_per_second"] = tokens / row["seconds"]
         benchmark.extra_info.update(row)
         op = request.path.stem.removeprefix("bench_")
         request.config.stash[ROWS].setdefault(op, []).append(row)
@@ -79,9 +81,8 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section(f"ours against the best peer, {device_name()}")
     for row in (row for rows in ops.values() for row in rows):
         peer = min(row["peers"], key=row["peers"].get)
-        rate = "".join(
-            f"{row[k]:9.1f} {u}" for k, u in (("gflops", "GFLOP/s"), ("gigabytes_per_second", "GB/s")) if k in row
-        )
+        units = {"gflops": "GFLOP/s", "gigabytes_per_second": "GB/s", "tokens_per_second": "tokens/s"}
+        rate = "".join(f"{row[k]:9.1f} {unit}" for k, unit in units.items() if k in row)
         terminalreporter.write_line(
             f"{row['name']:58} {row['seconds'] * 1e3:10.3f} ms  {peer:18} {row['peers'][peer] * 1e3:10.3f} ms"
             f"  {row['ratio']:6.2f} x {rate}"

@@ -106,20 +106,20 @@ def _refuse_what_cannot_fit(recipe: Recipe, whole: Account) -> None:
         )
 
 
-def place_reading(recipe: Recipe, room: Room, sequences: int, batches: int = 1) -> Placed:
+def place_reading(recipe: Recipe, room: Room, sequences: int, batches: int = 1, cache: int = 0) -> Placed:
     """Where a trained run's weights live while they are read: all on the device if they fit, else the most resident
     placement in `room`, with as many of `batches` a walk, each of `sequences`, as memory then leaves room for.
 
-    Raises InputError, with both numbers, where there is none.
+    cache: bytes of keys and values beside them. Raises InputError, with both numbers, where there is no placement.
     """
     plans, format = gpt_plans(recipe.shape), replace(recipe.format, training=False)
     tokens, width = sequences * recipe.seq_len, recipe.shape.d_model
-    setting = Setting(format, tokens, width, beside="host" if room.device == "cpu" else "device")
+    setting = Setting(format, tokens, width, beside="host" if room.device == "cpu" else "device", cache=cache)
 
     def placed(placement: Placement) -> Placed:
-        return Placed(placement, account(plans, placement, format, tokens, width, setting.beside), budgets)
+        return Placed(placement, account(plans, placement, format, tokens, width, setting.beside, cache), budgets)
 
-    whole = account(plans, Placement.resident(len(plans)), format, tokens, width, setting.beside)
+    whole = account(plans, Placement.resident(len(plans)), format, tokens, width, setting.beside, cache)
     if room.device == "cpu" and room.device_memory is not None:  # a stretch no longer than what could lie in it
         room = replace(room, device_memory=min(room.device_memory, whole.needs.device))
     budgets = _budgets(room, whole, SLOTS * format.working * max(plan.reads.size for plan in plans), "layers")

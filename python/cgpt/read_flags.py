@@ -1,4 +1,4 @@
-"""Flags of the commands that read a trained run, and generate's own. Imports no torch, so that --help is quick."""
+"""What commands that read a trained run are asked: which, and where it may live. Imports no torch: --help is quick."""
 
 from __future__ import annotations
 
@@ -41,25 +41,3 @@ class Read:
         device = self.device_memory and parse_bytes(self.device_memory, "--device-memory")
         host = self.host_memory and parse_bytes(self.host_memory, "--host-memory")
         return Room(self.device, device, host, self.disk and str(self.disk))
-
-
-@dataclass(frozen=True)
-class Generate(Read):
-    """Text from a trained run, printed as it comes.
-
-    Every token is one walk over all layers and the whole context. Layers that do not fit on the device cross to it once
-    a token.
-    """
-
-    prompt: str = "\n"
-    """The text to go on from."""
-    max_tokens: int = 128
-    """Tokens to add, at most."""
-    temperature: float = 0.8
-    """0 always takes the most probable token."""
-    top_k: int = 50
-    """Draw among this many, 0 for all."""
-    top_p: float = 1.0
-    """Draw among the fewest that hold this much probability."""
-    seed: int = 0
-    """Of the draws."""

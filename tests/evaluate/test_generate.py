@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cgpt.errors import InputError
-from cgpt.evaluate.generate import generate, sample
+from cgpt.evaluate.generate import generate
+from cgpt.evaluate.sampling import sample_token
 from cgpt.model.config import GPTConfig
 from cgpt.model.gpt import GPT
 
@@ -25,8 +26,13 @@ def naive_greedy(model, ids, count):
     ids = list(ids)
     for _ in range(count):
         with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids[-CONFIG.seq_len :]]))[0, -1].argmax()))
+            ids.append(int(model(torch.tensor([ids[window(len(ids)) :]]))[0, -1].argmax()))
     return ids
+
+
+def window(length):
+    """Past the 12 positions of the model the context begins at a multiple of 6."""
+    return next(start for start in range(0, length, 6) if length - start <= 12)
 
 
 def test_greedy_equals_the_full_forward_past_the_context(model):
@@ -57,14 +63,14 @@ def test_every_position_draws_anew():
 def test_tokens_come_one_at_a_time_and_the_callers_grad_mode_is_kept(model, monkeypatch):
     calls = []
     embed = GPT.embed
-    monkeypatch.setattr(GPT, "embed", lambda self, ids: calls.append(ids.shape) or embed(self, ids))
+    monkeypatch.setattr(GPT, "embed", lambda self, ids, step: calls.append(ids.shape) or embed(self, ids, step))
     stream = generate(model, PROMPT, 5)
     assert calls == []
     next(stream)
     assert calls == [(1, 3)]
     assert torch.is_grad_enabled()
     next(stream)
-    assert calls == [(1, 3), (1, 4)]
+    assert calls == [(1, 3), (1, 1)]
 
 
 def test_the_head_sees_the_last_position_only(model, monkeypatch):
@@ -73,7 +79,7 @@ def test_the_head_sees_the_last_position_only(model, monkeypatch):
     logits = head.logits
     monkeypatch.setattr(head, "logits", lambda self, x: seen.append(tuple(x.shape)) or logits(self, x))
     list(generate(model, PROMPT, 2))
-    assert seen == [(1, 1, 16), (1, 1, 16)]
+    assert seen == [(1, 16), (1, 16)]
 
 
 def test_end_of_text_ends_it_and_is_not_yielded(model):
@@ -97,7 +103,7 @@ LOGITS = torch.tensor([0.3, 0.1, 0.4, 0.2], dtype=torch.float64).log()
 def shares(**cut):
     """How often each token is drawn over a fine, even grid of uniforms."""
     grid = 1000
-    drawn = [sample(LOGITS, (i + 0.5) / grid, **cut) for i in range(grid)]
+    drawn = [sample_token(LOGITS, (i + 0.5) / grid, **cut) for i in range(grid)]
     return [drawn.count(token) / grid for token in range(4)]
 
 
@@ -120,9 +126,9 @@ def test_sampling_follows_the_cut_distribution(cut, expected):
 
 
 def test_the_ends_of_the_unit_interval_stay_on_the_table():
-    assert sample(LOGITS, 0.0, 1.0) == 2
-    assert sample(LOGITS, math.nextafter(1.0, 0.0), 1.0) == 1
-    assert sample(torch.zeros(2, dtype=torch.float64), 0.5, 1.0) == 1  # each token owns [start, end)
+    assert sample_token(LOGITS, 0.0, 1.0) == 2
+    assert sample_token(LOGITS, math.nextafter(1.0, 0.0), 1.0) == 1
+    assert sample_token(torch.zeros(2, dtype=torch.float64), 0.5, 1.0) == 1  # each token owns [start, end)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cgpt.errors import InputError
+from cgpt.model.cache import Past, Step
 from cgpt.model.config import GPTConfig
 from cgpt.model.init import init_parameter
 from cgpt.model.position import Unmarked, positions_of
@@ -68,9 +69,9 @@ class Attention(nn.Module):
         self.c_proj = Projection(config.d_model, config.d_model)
         self.positions, self.scale = positions, config.residual_scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), what it adds to the stream."""
-        return self.c_proj(self.positions.attend(self.c_attn(x)), self.scale)
+        return self.c_proj(self.positions.attend(self.c_attn(x), past), self.scale)
 
 
 class MLP(nn.Module):
@@ -100,9 +101,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.scale = config.residual_scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        y, x = self.ln_2(self.attn(self.ln_1(x)), residual=x)
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D). past: of this layer, where x are new tokens only."""
+        y, x = self.ln_2(self.attn(self.ln_1(x), past), residual=x)
         return torch.add(x, self.mlp(y), alpha=self.scale)
 
 
@@ -148,22 +149,26 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             init_parameter(name, parameter, self.config, seed)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, step: Step | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, D). Raises InputError for T > seq_len, another shape or dtype, ids off the
         table.
 
-        Ids on a GPU are not read back to be checked: that would stall its stream at every step.
+        step: says where packed new tokens, (1, T), stand in their sequences. Ids on a GPU are not read back to be
+        checked: that would stall its stream at every step.
         """
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise InputError(f"GPT: ids must be (batch, time) int64, got {tuple(ids.shape)} {ids.dtype}")
-        if ids.shape[1] > self.config.seq_len:
+        if step is None and ids.shape[1] > self.config.seq_len:
             raise InputError(f"GPT: a sequence must be at most {self.config.seq_len} tokens, got {ids.shape[1]}")
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in torch.aminmax(ids))
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
                 raise InputError(f"GPT: token ids must be in [0, {self.config.vocab_size}), got {wrong}")
-        x = embedding(ids, self.wte.weight, None if self.wpe is None else self.wpe.weight)
+        wpe = None if self.wpe is None else self.wpe.weight
+        if wpe is not None and step is not None:
+            wpe = wpe[step.positions]
+        x = embedding(ids, self.wte.weight, wpe)
         x = _scaled(x, self.config.embedding_scale)
         return x if self.ln_emb is None else self.ln_emb(x)
 
@@ -172,11 +177,16 @@ class GPT(nn.Module):
         """`head(x, targets)` is the loss, `head.logits(x)` the logits."""
         return Head(self.ln_f, self.wte)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The parts in order: the loss where targets (B, T) are given, logits (B, T, V) where not."""
-        x = self.embed(ids)
-        for block in self.h:
-            x = block(x)
+    def forward(self, ids: Tensor, targets: Tensor | None = None, step: Step | None = None) -> Tensor:
+        """The parts in order: the loss where targets (B, T) are given, logits (B, T, V) where not.
+
+        step: of a cache; ids (1, T) are then what it says, and the logits (parts, V) those after each part.
+        """
+        x = self.embed(ids, step)
+        for layer, block in enumerate(self.h):
+            x = block(x, None if step is None else step.layers[layer])
+        if step is not None:
+            x = x[0, step.last]
         return self.head.logits(x) if targets is None else self.head(x, targets)
 
 

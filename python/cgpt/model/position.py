@@ -6,12 +6,14 @@
     alibi      scores of head h less slope_h · (t - s)                   Press et al. 2022 (arXiv 2108.12409)
 
 t and s positions of a query and a key, K head dim. Rotary turns the whole head, values i and i + K / 2 together. Only
-learned positions have parameters; the others hold constants, one copy a device for all blocks.
+learned positions have parameters; the others hold constants, one copy a device for all blocks. With `past`, tokens are
+new ones of sequences whose earlier keys and values are kept (cache.py).
 """
 
 import torch
 from torch import Tensor
 
+from cgpt.model.cache import Past
 from cgpt.model.config import GPTConfig
 from cgpt_ext import attention, attention_qkv, rotary
 
@@ -24,9 +26,19 @@ class Unmarked:
     def __init__(self, config: GPTConfig) -> None:
         self.n_head, self.softmax_scale = config.n_head, config.attention_scale
 
-    def attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, past: Past | None = None) -> Tensor:
         """Causal attention: q, k and v side by side (B, T, 3 D) -> (B, T, D)."""
-        return attention_qkv(qkv, self.n_head, True, self.softmax_scale)
+        return self._attend(qkv, past)
+
+    def _attend(self, qkv: Tensor, past: Past | None, slopes: Tensor | None = None) -> Tensor:
+        if past is None:
+            return attention_qkv(qkv, self.n_head, True, self.softmax_scale, alibi_slopes=slopes)
+        return past.attend(*self._heads(qkv), self.softmax_scale, slopes).flatten(2)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v (B, T, H, K), views."""
+        B, T, packed = qkv.shape
+        return qkv.view(B, T, 3, self.n_head, packed // (3 * self.n_head)).unbind(2)
 
 
 class Rotary(Unmarked):
@@ -39,12 +51,16 @@ class Rotary(Unmarked):
         angles = at[:, None] * ROTARY_BASE**-turns
         self._angles = _Constants(angles.cos().float(), angles.sin().float())
 
-    def attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, past: Past | None = None) -> Tensor:
         """As Unmarked's. v is read where it lies; q and k are written once, turned."""
-        B, T, packed = qkv.shape
-        q, k, v = qkv.view(B, T, 3, self.n_head, packed // (3 * self.n_head)).unbind(2)
+        q, k, v = self._heads(qkv)
         angles = self._angles.on(qkv.device)
-        return attention(rotary(q, *angles), rotary(k, *angles), v, True, self.softmax_scale).flatten(2)
+        if past is not None:
+            angles = tuple(rows[past.positions] for rows in angles)
+        q, k = rotary(q, *angles), rotary(k, *angles)
+        if past is None:
+            return attention(q, k, v, True, self.softmax_scale).flatten(2)
+        return past.attend(q, k, v, self.softmax_scale).flatten(2)
 
 
 class Alibi(Unmarked):
@@ -54,10 +70,9 @@ class Alibi(Unmarked):
         super().__init__(config)
         self._slopes = _Constants(torch.tensor(alibi_slopes(config.n_head), device="cpu"))
 
-    def attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, past: Past | None = None) -> Tensor:
         """As Unmarked's."""
-        (slopes,) = self._slopes.on(qkv.device)
-        return attention_qkv(qkv, self.n_head, True, self.softmax_scale, alibi_slopes=slopes)
+        return self._attend(qkv, past, *self._slopes.on(qkv.device))
 
 
 KINDS = {"learned": Unmarked, "none": Unmarked, "rotary": Rotary, "alibi": Alibi}

@@ -6,7 +6,9 @@ workspace    flow        activations between layers on their way, and their grad
              working     one layer's arithmetic for one micro-batch
              gradients   of the layers in flight, of the device's own layers, and of parameters that several read
 
-A run that only reads its weights has a flow and a layer's working memory: one forward, which keeps nothing.
+cache        keys and values of what has been read, where text is generated
+
+A run that only reads its weights has a flow and a layer's working memory: one forward, which keeps nothing else.
 """
 
 from __future__ import annotations
@@ -87,13 +89,15 @@ def account(
     micro_batch_tokens: int,
     width: int,
     beside: str = "device",
+    cache: int = 0,
 ) -> Account:
-    """Of a run whose micro-batches have so many tokens, with activations `width` wide between layers."""
+    """Of a run whose micro-batches have so many tokens, with activations `width` wide between layers. cache: bytes of
+    keys and values beside them."""
     between = boundary_bytes(format, micro_batch_tokens, width)
     if format.training:
         workspace = _workspace(plans, placement, format.working, between)
     else:
-        workspace = _workspace_of_reading(placement, between)
+        workspace = _workspace_of_reading(placement, between) | _present({"cache": cache})
     return Account(needs(plans, placement, format), workspace, beside, format.training)
 
 

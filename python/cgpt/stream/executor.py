@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cgpt.model.cache import Past, Step
 from cgpt.stream.activations import Boundaries
 from cgpt.stream.devices import Event
 from cgpt.stream.gradients import Gradients, Sums
@@ -49,13 +50,19 @@ class Executor:
         shares = [1.0] * len(batches)
         return self._whole(lambda: [self.lanes.number(loss) for loss in _Walk(self, batches, shares).up()])
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, V) after the last position, by the head's `logits`; forward only."""
+    def logits(self, ids: Tensor, step: Step | None = None) -> Tensor:
+        """(B, T) int64 -> (B, V) after the last position, by the head's `logits`; forward only.
+
+        step: of a GPT's cache on the store's device; ids (1, T) are then what it says, and the logits (parts, V) those
+        after each part.
+        """
+        pasts = None if step is None else [step, *step.layers]
 
         def head(x: Tensor) -> Tensor:
-            return self.store.layers[-1].module.logits(x[:, -1:])[:, 0]
+            x = x[:, -1] if step is None else x[0, step.last]
+            return self.store.layers[-1].module.logits(x)
 
-        return self._whole(lambda: _Walk(self, [(ids, ids)], [1.0]).up(head)[0])
+        return self._whole(lambda: _Walk(self, [(ids, ids)], [1.0], pasts=pasts).up(head)[0])
 
     def read(self, batches: Sequence[Tensor], head: Callable[[Callable, int, Tensor], Result]) -> list[Result]:
         """What head(the last layer's module, row, its input) makes of each of `batches`, (B, T) int64, in one walk over
@@ -96,7 +103,8 @@ class Executor:
 
 
 class _Walk:
-    """One visit of all layers by `batches`; sums: where gradients go, None for a forward alone."""
+    """One visit of all layers by `batches`; sums: where gradients go, None for a forward alone. pasts: what each layer
+    below the head is told of the tokens before these."""
 
     def __init__(
         self,
@@ -107,9 +115,11 @@ class _Walk:
         loss_scale: float = 1.0,
         last: bool = True,
         first: int = 0,
+        pasts: Sequence[Step | Past] | None = None,
     ):
         self.store, self.lanes, self.boundaries = executor.store, executor.lanes, executor._boundaries
         self.batches, self.shares, self.sums, self.loss_scale, self.last = batches, shares, sums, loss_scale, last
+        self.pasts = pasts
         self.draws = None if executor.seed is None else (executor.seed, executor.step, first)
         self.head = len(self.store.layers) - 1
         self.flow = [ids for ids, _ in batches]  # activations on the way up, their gradients on the way down
@@ -234,11 +244,12 @@ class _Walk:
 
     def _run(self, index: int, row: int, x: Tensor, training: bool, *targets: Tensor) -> tuple[Tensor, Tensor]:
         """(layer `index`'s input as a leaf, its output), with a graph where training."""
+        beside = targets if self.pasts is None else (self.pasts[index],)
         with torch.set_grad_enabled(training), self._drawing(index, row):
             x = x.detach()
             if training and x.is_floating_point():
                 x.requires_grad_()
-            return x, self.store.layers[index].module(x, *targets)
+            return x, self.store.layers[index].module(x, *beside)
 
     @contextlib.contextmanager
     def _drawing(self, index: int, row: int) -> Iterator[None]:

@@ -27,7 +27,8 @@ from cgpt.stream.placement import Placement
 @dataclass(frozen=True)
 class Setting:
     """How a step is walked: `visits` of all layers by `micro_batches` of `micro_batch_tokens` tokens, with activations
-    `width` wide between layers. beside: the tier of torch's own memory (account.py)."""
+    `width` wide between layers. beside: the tier of torch's own memory (account.py), `cache` bytes of it for keys and
+    values."""
 
     format: Format
     micro_batch_tokens: int
@@ -35,6 +36,7 @@ class Setting:
     micro_batches: int = 1
     visits: int = 1
     beside: str = "device"
+    cache: int = 0
 
 
 class DoesNotFit(InputError):
@@ -143,6 +145,7 @@ class _Search:
                 setting.micro_batch_tokens,
                 setting.width,
                 setting.beside,
+                setting.cache,
             )
         return self._known[counts]
 
