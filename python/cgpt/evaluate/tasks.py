@@ -45,6 +45,11 @@ class Tasks:
     group_map: dict = field(default_factory=dict)
     origin: dict = field(default_factory=dict)
 
+    @property
+    def generate(self) -> bool:
+        """Whether one of them wants text, which takes a cache of keys and values."""
+        return any(task.get_config("output_type") == "generate_until" for task in self.tasks.values())
+
     def add(self, spec: str, found: dict) -> None:
         for name in found["tasks"]:
             if self.origin.setdefault(name, spec) != spec:
