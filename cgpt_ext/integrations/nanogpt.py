@@ -1,6 +1,6 @@
 """nanoGPT's train.py, unmodified, with our attention, GELU-MLP, LayerNorm and AdamW.
 
-In a checkout of nanoGPT (github.com/karpathy/nanoGPT), with the arguments that train.py takes, under torchrun too:
+In a checkout of nanoGPT (github.com/karpathy/nanoGPT), with the arguments that train.py takes:
 
     python -m cgpt_ext.integrations.nanogpt train.py config/train_gpt2.py --compile=False
 

@@ -83,6 +83,13 @@ def test_a_sequence_of_padding_alone(side):
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert (logits - named(model, "sdpa")(ids, attention_mask=mask).logits).abs().max() < 1e-5
 
+    def last(attention):
+        """From a cache: the sequence of padding has no key at all."""
+        cache = named(model, attention)(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+        return model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
+
+    assert (last("cgpt") - last("sdpa")).abs().max() < 1e-5
+
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("side", ["none", "left", "right", "holes"])
