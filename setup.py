@@ -1,10 +1,12 @@
 """Builds cgpt_ext._native: one pybind11 module, no torch header, g++ (and nvcc when there) driven by ninja.
 
-CGPT_CUDA=auto|0|1     add the CUDA kernels when nvcc is found (auto), never, or insist
-CGPT_CUDA_ARCHS=80;90a the architectures to compile them for
-CXX, NVCC              the compilers
+CGPT_CUDA=auto|0|1|pypi  add the CUDA kernels when nvcc is found (auto), never, or insist; pypi: with the nvcc of the
+                         packages in .build/nvcc.txt, which pip installs for the build by itself
+CGPT_CUDA_ARCHS=80;90a   the architectures to compile them for
+CXX, NVCC                the compilers
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -18,6 +20,7 @@ import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -39,14 +42,19 @@ if platform.machine() == "x86_64":
 def cuda_home():
     """The CUDA toolkit's root, or None where the build is to do without."""
     wish = os.environ.get("CGPT_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        sys.exit(f"CGPT_CUDA must be auto, 0 or 1, got {wish!r}")
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if wish not in ("auto", "0", "1", "pypi"):
+        sys.exit(f"CGPT_CUDA must be auto, 0, 1 or pypi, got {wish!r}")
     if wish == "0":
         return None
+    if wish == "pypi":
+        nvcc = packaged_nvcc()
+    else:
+        nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         if wish == "1":
-            sys.exit("CGPT_CUDA=1 but there is no nvcc on PATH, in NVCC or in /usr/local/cuda/bin")
+            sys.exit(
+                "CGPT_CUDA=1 but there is no nvcc on PATH, in NVCC or in /usr/local/cuda/bin; CGPT_CUDA=pypi brings one"
+            )
         return None
     # nvcc may be a link or a wrapper script: it alone knows where it lives.
     dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
@@ -56,9 +64,36 @@ def cuda_home():
     return Path(top[1]).resolve()
 
 
-def gencode():
-    """nvcc's flags for each architecture: machine code for all, PTX of the lowest for those that come later."""
-    archs = os.environ.get("CGPT_CUDA_ARCHS", "80;90a").split(";")
+def packaged_nvcc():
+    """The nvcc of NVIDIA's packages, which share the namespace `nvidia` and come where the build's Python looks."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        if nvcc := shutil.which(Path(folder) / "cu13" / "bin" / "nvcc"):
+            return nvcc
+    sys.exit("CGPT_CUDA=pypi but nvcc's packages are not installed: pip install -r .build/nvcc.txt")
+
+
+def nvcc_version(home):
+    """The release, "13.0.88" for one; "" where nvcc does not say."""
+    said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"V(\d+(?:\.\d+)*)", said)
+    return release[1] if release else ""
+
+
+def compression(version):
+    """nvcc's flag for a quarter of the size; older drivers than those of CUDA 13 may not be able to unpack it."""
+    return ["--compress-mode=size"] if int(version.split(".")[0] or 0) >= 13 else []
+
+
+def cuda_archs():
+    archs = os.environ.get("CGPT_CUDA_ARCHS", "80;90a")
+    if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", archs):
+        sys.exit(f"CGPT_CUDA_ARCHS must be architectures such as 80;90a, got {archs!r}")
+    return archs.split(";")
+
+
+def gencode(archs):
+    """nvcc's flags for each architecture: machine code for all, PTX of the first for those that come later."""
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     return [*flags, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
 
@@ -108,11 +143,14 @@ class NinjaBuildExt(build_ext):
         home = cuda_home()
         includes = " ".join(f"-isystem {quote(p)}" for p in (pybind11.get_include(), sysconfig.get_path("include")))
         defines = "-DCGPT_CUDA" if home else ""
+        version = nvcc_version(home) if home else ""
+        words = {"CGPT_NVCC": version, "CGPT_CUDA_ARCHS": ";".join(cuda_archs())} if home else {}
+        built_with = " ".join(f"-D{name}=" + quote(f'"{word}"') for name, word in words.items())
         cxx = os.environ.get("CXX", "g++")
         file = Ninja()
         file.rule("cxx", f"{cxx} {' '.join(CXXFLAGS)} {defines} {includes} $flags -MMD -MF $out.d -c $in -o $out")
         for source in sorted(csrc.glob("*.cpp")):
-            file.compile("cxx", source, source.stem)
+            file.compile("cxx", source, source.stem, built_with if source.stem == "module" else "")
         for source in sorted((csrc / "host").glob("*.cpp")):
             file.compile("cxx", source, f"host_{source.stem}")
         shared = [csrc / "cpu" / "isa.cpp", csrc / "cpu" / "threads.cpp"]
@@ -129,7 +167,7 @@ class NinjaBuildExt(build_ext):
             file.rule(
                 "nvcc",
                 f"{quote(home / 'bin' / 'nvcc')} -std=c++17 -O3 -fmad=false -ccbin {cxx} -Xcompiler {host}"
-                f" {' '.join(gencode())} $flags -MD -MF $out.d -c $in -o $out",
+                f" {' '.join(gencode(cuda_archs()) + compression(version))} $flags -MD -MF $out.d -c $in -o $out",
             )
             for source in sorted((csrc / "cuda").glob("*.cu")):
                 file.compile("nvcc", source, f"cuda_{source.stem}")
@@ -146,10 +184,21 @@ class NinjaBuildExt(build_ext):
             sys.exit("the native module did not compile; the compiler's own words are above")
 
 
+class Sdist(sdist):
+    """What a build needs and nothing else: setuptools would add tests/test*.py without what they import."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, [name for name in files if Path(name).parts[0] != "tests"])
+
+
 def sources(*patterns):
     """csrc's files, relative to here: what the sdist must carry (the edges above find theirs by themselves)."""
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").rglob(pattern))
 
 
-native = Extension("cgpt_ext._native", sources=sources("*.cpp", "*.cu"), depends=sources("*.h", "*.cuh"))
-setup(ext_modules=[native], cmdclass={"build_ext": NinjaBuildExt})
+native = Extension(
+    "cgpt_ext._native",
+    sources=sources("*.cpp", "*.cu"),
+    depends=[*sources("*.h", "*.cuh"), ".build/backend.py", ".build/nvcc.txt"],
+)
+setup(ext_modules=[native], cmdclass={"build_ext": NinjaBuildExt, "sdist": Sdist})

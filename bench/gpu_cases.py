@@ -183,6 +183,11 @@ def layer_norm(device: str, tiny: bool) -> Iterator[Case]:
         yield from layer_norm_at(device, 8 if tiny else 16384, D)
 
 
+def on_a_gpu(device: str, **rivals) -> dict:
+    """`rivals`, which are Triton's, where there is a GPU; a dry run has none."""
+    return rivals if device == "cuda" else {}
+
+
 def layer_norm_at(device: str, N: int, D: int) -> Iterator[Case]:
     x, residual, weight, bias = (randn(*s, device=device) for s in ((N, D), (N, D), (D,), (D,)))
     dout, dh = (randn(N, D, device=device, grad=False) for _ in range(2))
@@ -200,7 +205,7 @@ def layer_norm_at(device: str, N: int, D: int) -> Iterator[Case]:
         return LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
 
     row = N * D * x.element_size()
-    rivals = {"torch": torchs, "torch.compile": compiled(torchs, device), "liger": liger}
+    rivals = {"torch": torchs, "torch.compile": compiled(torchs, device), **on_a_gpu(device, liger=liger)}
 
     def mine():
         return cgpt_ext.layer_norm(x, weight, bias)
@@ -244,7 +249,7 @@ def cross_entropy_at(device: str, N: int, D: int, V: int) -> Case:
 
         return LigerFusedLinearCrossEntropyLoss()(weight, x, target)
 
-    rivals = {"torch": torchs, "torch.compile": compiled(torchs, device), "liger": liger}
+    rivals = {"torch": torchs, "torch.compile": compiled(torchs, device), **on_a_gpu(device, liger=liger)}
     contenders = {name: both(call, (x, weight)) for name, call in rivals.items()}
     contenders |= ours("cross_entropy", device, both(lambda: cgpt_ext.cross_entropy(x, weight, target), (x, weight)))
     return Case("cross_entropy forward+backward", f"{N}x{D}x{V}", contenders, flops=6 * N * D * V)

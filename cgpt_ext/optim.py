@@ -9,6 +9,9 @@ from torch import Tensor
 from cgpt_ext.ops.adamw import adamw_, join_master, split_master
 
 MASTERS = ("fp32", "split", None)
+# Keys of parameter groups that torch's have not. Where they are what they are by default a group is without them, as
+# who loads a file of torch's by the group's keys (torch.distributed.checkpoint, torchtitan) would miss them in it.
+OWN = {"master": "fp32", "stochastic_rounding_seed": None}
 
 
 class AdamW(torch.optim.AdamW):
@@ -25,16 +28,21 @@ class AdamW(torch.optim.AdamW):
       given: bf16 parameters are then rounded up or down at random, so that such steps add up on average.
 
     A master is made from its parameter at the first step. Whoever overwrites the weights later also loads a fitting
-    optimizer state, or starts a new optimizer.
+    optimizer state, or starts a new optimizer. A master that torch.optim.AdamW carried along in its state while it
+    trained the weights is known by its dtype, which torch changes, and made anew.
 
-    `fused`, `foreach` and `capturable` are accepted and change nothing: a step is always fused, reads `step` and the
-    loss scale on the device and waits for nothing. GradScaler is served as by torch's fused step: an overflow
-    leaves parameters and state as they are.
+    `foreach` and `capturable` are accepted and change nothing: a step is always fused, reads `step` on the device and
+    waits for nothing. `fused` says, as in torch, who serves GradScaler: with True the step itself unscales and, on the
+    device, leaves out an overflow; else GradScaler unscales first, waits for its finding and leaves out the step. Only
+    so do Lightning's mixed precisions clip.
+
+    DTensor parameters (FSDP2, tensor parallel) step on their local shards, and their state is sharded as they are. Of a
+    split master save the sharded state: gloo and NCCL gather no int16, so there is no `full_state_dict`.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as torch's. `lr` may be a tensor, read at every step.
         amsgrad, differentiable: not served.
-        master: see above; also a key of parameter groups.
+        master: see above; also a key of parameter groups, which leave it out where it is "fp32" for all.
         stochastic_rounding_seed: an int, for `master=None` alone; also a key of parameter groups. The random bits are a
             function of it, the step and the element (`cgpt_ext.adamw_`), so a resumed run repeats them.
 
@@ -43,8 +51,6 @@ class AdamW(torch.optim.AdamW):
             number out of range.
         TypeError: for parameters or gradients in another dtype than fp32, bf16, fp16.
     """
-
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf instead of unscaling first
 
     def __init__(
         self,
@@ -78,18 +84,28 @@ class AdamW(torch.optim.AdamW):
             fused=fused,
         )
         self.defaults.update(master=master, stochastic_rounding_seed=stochastic_rounding_seed)
+        self._set_amp_scaling()
         for group in self.param_groups:
             _check_group(group, self.defaults)
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         if "master" in self.defaults:  # torch's constructor adds the first groups before that
-            _check_group(self.param_groups[-1], self.defaults)
+            try:
+                _check_group(self.param_groups[-1], self.defaults)
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self._set_amp_scaling()
         for group in self.param_groups:
             _check_group(group, self.defaults)
+
+    def _set_amp_scaling(self):
+        # Where true, GradScaler hands over grad_scale and found_inf instead of unscaling first.
+        self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
 
     def load_state_dict(self, state_dict):
         """Loads a state_dict, of torch.optim.AdamW too; each state keeps its own dtype, where torch would cast it."""
@@ -103,14 +119,21 @@ class AdamW(torch.optim.AdamW):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for name, param in zip(names, params, strict=True):
             for key, value in taken["state"].get(name, {}).items():
-                if isinstance(value, Tensor):
-                    dtype = value.dtype if key == "low" else torch.float32
+                if not isinstance(value, Tensor):
+                    continue
+                dtype = torch.int16 if key == "low" else torch.float32
+                if key in ("master", "low") and value.dtype != dtype:
+                    del self.state[param][key]  # torch cast it to the parameter's dtype and then trained without it
+                else:
                     self.state[param][key] = value.to(param.device, dtype)
 
     @torch.no_grad()
     def step(self, closure=None):
         """Takes one step with every parameter that has a gradient; returns what `closure` returns, if given."""
-        self._accelerator_graph_capture_health_check()
+        if hasattr(self, "_accelerator_graph_capture_health_check"):
+            self._accelerator_graph_capture_health_check()
+        else:  # its name before it served other accelerators too
+            self._cuda_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -130,8 +153,8 @@ class AdamW(torch.optim.AdamW):
                 continue
             if param.grad.is_sparse:
                 raise ValueError("AdamW: gradients must be dense, got a sparse one")
-            kept = self._prepare(param, group["master"])
-            if not kept and param.dtype == torch.bfloat16 and group["stochastic_rounding_seed"] is not None:
+            kept = self._prepare(param, _own(group, "master"))
+            if not kept and param.dtype == torch.bfloat16 and _own(group, "stochastic_rounding_seed") is not None:
                 kept = "stochastic"
             found[param.device, kept].append(param)
         return found
@@ -150,23 +173,33 @@ class AdamW(torch.optim.AdamW):
             state["step"] = state["step"].to(param.device)
         if kept == "master" and "master" not in state:
             low = state.pop("low", None)
-            state["master"] = param.detach().float() if low is None else join_master(param, low)
+            fp32 = param.detach().float() if low is None else join_master(_local(param), _local(low))
+            state["master"] = _sharded(fp32, param)
         if kept == "low" and "low" not in state:
             fp32 = state.pop("master", None)
             if fp32 is None:
                 state["low"] = torch.zeros_like(param, dtype=torch.int16)
             else:
-                high, state["low"] = split_master(fp32)
-                param.copy_(high)
+                high, low = split_master(_local(fp32))
+                state["low"] = _sharded(low, param)
+                _local(param).copy_(high)
+        if not kept:  # one of an earlier setting would be stale by the time it is asked for again
+            state.pop("master", None)
+            state.pop("low", None)
         return kept
 
     def _step_group(self, group, params, kept, grad_scale, found_inf, place):
         states = [self.state[param] for param in params]
-        layout = [_layout(param) for param in params]
-        weights = [_like(param, to) for param, to in zip(params, layout, strict=True)]
+        shards = [_local(param) for param in params]
+        layout = [_layout(shard) for shard in shards]
+        weights = [_like(shard, to) for shard, to in zip(shards, layout, strict=True)]
+        parts = {}
         for key in ("exp_avg", "exp_avg_sq", *([kept] if kept in ("master", "low") else [])):
-            for state, to in zip(states, layout, strict=True):
-                state[key] = _like(state[key], to)  # a loaded state may be laid out otherwise
+            parts[key] = [_local(state[key]) for state in states]
+            for i, (part, to) in enumerate(zip(parts[key], layout, strict=True)):
+                parts[key][i] = _like(part, to)  # a loaded state may be laid out otherwise
+                if parts[key][i] is not part:
+                    states[i][key] = _sharded(parts[key][i], params[i])
         steps = [state["step"] for state in states]
         if found_inf is None:
             torch._foreach_add_(steps, 1)
@@ -181,36 +214,65 @@ class AdamW(torch.optim.AdamW):
             lr = lr.reshape(()) if lr.device == params[0].device else float(lr)
         adamw_(
             weights,
-            [_like(param.grad, to) for param, to in zip(params, layout, strict=True)],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [_like(_local_grad(param), to) for param, to in zip(params, layout, strict=True)],
+            parts["exp_avg"],
+            parts["exp_avg_sq"],
             counted,
             lr=lr,
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            masters=[state["master"] for state in states] if kept == "master" else None,
-            lows=[state["low"] for state in states] if kept == "low" else None,
+            masters=parts.get("master"),
+            lows=parts.get("low"),
             grad_scale=grad_scale,
             maximize=group["maximize"],
             # Groups step in calls of their own, and calls of one seed would share their random bits.
             stochastic_rounding_seed=group["stochastic_rounding_seed"] + place if kept == "stochastic" else None,
         )
-        for param, weight in zip(params, weights, strict=True):
-            if weight is not param:
-                param.copy_(weight)
+        for shard, weight in zip(shards, weights, strict=True):
+            if weight is not shard:
+                shard.copy_(weight)
+
+
+def _own(group, key):
+    return group.get(key, OWN[key])
 
 
 def _check_group(group, defaults):
-    if group.setdefault("master", defaults.get("master", "fp32")) not in MASTERS:
-        raise ValueError(f"AdamW: master must be 'fp32', 'split' or None, got {group['master']!r}")
-    seed = group.setdefault("stochastic_rounding_seed", defaults.get("stochastic_rounding_seed"))
-    if seed is not None and group["master"] is not None:
-        raise ValueError(f"AdamW: stochastic_rounding_seed must be None with master {group['master']!r}, got {seed}")
+    for key, default in OWN.items():
+        if group.setdefault(key, defaults.get(key, default)) == defaults.get(key, default) == default:
+            del group[key]
+    master, seed = _own(group, "master"), _own(group, "stochastic_rounding_seed")
+    if master not in MASTERS:
+        raise ValueError(f"AdamW: master must be 'fp32', 'split' or None, got {master!r}")
+    if seed is not None and master is not None:
+        raise ValueError(f"AdamW: stochastic_rounding_seed must be None with master {master!r}, got {seed}")
     for name in ("amsgrad", "differentiable"):
         if group[name]:
             raise ValueError(f"AdamW: {name} must be False, got {group[name]}")
+
+
+def _local(x: Tensor) -> Tensor:
+    """The shard of a DTensor that this process has, in the DTensor's own memory; any other tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _local_grad(param: Tensor) -> Tensor:
+    grad = param.grad
+    if hasattr(param, "to_local") and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return _local(grad)
+
+
+def _sharded(x: Tensor, param: Tensor) -> Tensor:
+    """`x`, a state of this process's shard of `param`, as a DTensor beside it where `param` is one."""
+    if hasattr(x, "to_local") or not hasattr(param, "to_local"):
+        return x
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = param.device_mesh, param.placements
+    return DTensor.from_local(x, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
 
 
 def _layout(param: Tensor) -> tuple[int, ...]:

@@ -18,6 +18,14 @@
 
 namespace py = pybind11;
 using namespace cgpt;
+using namespace py::literals;
+
+// What `python -m cgpt_ext` says of this build; setup.py knows the rest (CGPT_NVCC, CGPT_CUDA_ARCHS).
+#if defined(__clang__)
+static const char* const kCompiler = "clang " __clang_version__;
+#else
+static const char* const kCompiler = "gcc " __VERSION__;
+#endif
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native kernels of cgpt_ext. Call them through cgpt_ext.ops.";
@@ -31,8 +39,10 @@ PYBIND11_MODULE(_native, m) {
 
 #if defined(CGPT_CUDA)
     m.attr("has_cuda_kernels") = true;
+    m.attr("built_with") = py::dict("compiler"_a = kCompiler, "nvcc"_a = CGPT_NVCC, "archs"_a = CGPT_CUDA_ARCHS);
 #else
     m.attr("has_cuda_kernels") = false;
+    m.attr("built_with") = py::dict("compiler"_a = kCompiler, "nvcc"_a = "", "archs"_a = "");
 #endif
     m.def("cpu_isa", &cpu_isa_name);
     m.def("cpu_isas", &cpu_isas);

@@ -53,8 +53,8 @@ def refused(capsys, *argv):
         ("generate .", ".: wanted a run folder (config.json), got none"),
         ("data info nowhere", "nowhere: no such file or folder"),
         ("data prepare corpus.txt", "Missing from cgpt data prepare: --out DIR"),
-        ("data", "Expected one of {prepare, info}"),
-        ("", "Expected one of {train, plan, fit, coord-check, sweep, ablate, eval, generate, data, info}"),
+        ("data", "Expected one of {prepare, export, info}"),
+        ("", "Expected one of {train, plan, fit, coord-check, sweep, ablate, eval, generate, import, export, plot, "),
         ("dance", "Unrecognized options: dance"),
     ],
 )

@@ -182,7 +182,7 @@ def test_groups_and_scheduler():
 def test_grad_scaler(dtype):
     def run(kind, overflow):
         weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=dtype))
-        optimizer = kind([weight], lr=0.01, **({"fused": True} if kind is torch_adamw else {}))
+        optimizer = kind([weight], lr=0.01, fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
         for i in range(5):
             optimizer.zero_grad()

@@ -2,7 +2,8 @@
 
     checkpoints/step-00000100/embed.safetensors      wte.weight, exp_avg/wte.weight, exp_avg_sq/wte.weight, ...
                              /h.0.safetensors ...    fp32 masters and moments under Hugging Face GPT-2's names
-                             /manifest.json          step, tokens, config, sizes and sha256 of every file, of itself
+                             /manifest.json          step, tokens, config, sizes and sha256 of every file, of itself,
+                                                     and whether there are moments or, as yet, weights alone
     checkpoints/latest                               a link, moved by rename
 
 A save writes `step-N.tmp/`, syncs files and folder, renames, syncs the parent. So a crash or a full disk at any point
@@ -15,19 +16,14 @@ memory beyond the model's own.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import math
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -39,8 +35,8 @@ from cgpt.model.gpt import GPT
 from cgpt.stream.build import build, check_device
 from cgpt.stream.format import MOMENTS
 from cgpt.stream.record import Record
-from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store
+from cgpt.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     from cgpt.placing import Room
@@ -52,10 +48,19 @@ LATEST = "latest"
 CHECKPOINTS = "checkpoints"  # in a run folder
 
 
-def save(folder: Path, source: Store | Snapshot, step: int, state: dict, keep: int = 2) -> Path:
+class Source(Protocol):
+    """layers: of the walk, by `name`. What is saved are the records: their layout, format, masters and moments."""
+
+    layers: Sequence
+
+    def record(self, index: int) -> contextlib.AbstractContextManager[Record]: ...
+
+
+def save(folder: Path, source: Source, step: int, state: dict, keep: int = 2) -> Path:
     """Writes `folder`/step-N and removes all but the newest `keep`; returns its path.
 
-    source: the store as it is, or a snapshot of it.
+    source: the store as it is, a snapshot of it, or another's weights, read as they are written. Records in a format
+    that does not train have no moments, and the manifest says so.
 
     state: JSON values to get back on resume (tokens, data cursor, optimizer numbers, config). Raises OSError naming
     the file (full disk, read-only folder): the earlier checkpoints are then untouched and nothing partial is left.
@@ -72,11 +77,12 @@ def save(folder: Path, source: Store | Snapshot, step: int, state: dict, keep: i
         for index, layer in enumerate(source.layers):
             path = partial / f"{layer.name}.safetensors"
             with source.record(index) as record:
-                files[path.name] = _write_tensors(path, record)
+                files[path.name] = _write_record(path, record)
+                moments = record.format.training
             failpoint(f"{layer.name} written")
         path = partial / MANIFEST
         versions = {name: _version(name) for name in ("cgpt-ext", "torch", "safetensors")}
-        manifest = {"format": FORMAT, "step": step, "files": files, "versions": versions, **state}
+        manifest = {"format": FORMAT, "step": step, "moments": moments, "files": files, "versions": versions, **state}
         write_signed_json(path, manifest)
         failpoint("manifest written")
         path = final
@@ -128,13 +134,28 @@ def open_trained(
     say: Callable[[str], None] | None = None,
     cache: int = 0,
 ) -> tuple[Recipe, dict, GPT, Store]:
-    """A run's (recipe, identity of its data, model, store) for reading: weights of its newest whole checkpoint.
+    """What `open_newest` gives but the manifest."""
+    return open_newest(run, room, sequences, batches, say, cache=cache)[:4]
+
+
+def open_newest(
+    run: Path,
+    room: Room | None = None,
+    sequences: int = 1,
+    batches: int = 1,
+    say: Callable[[str], None] | None = None,
+    precision: str | None = None,
+    cache: int = 0,
+) -> tuple[Recipe, dict, GPT, Store, dict]:
+    """A run's (recipe, identity of its data, model, store, manifest) for reading: weights of its newest whole
+    checkpoint.
 
     They live on the device where they fit in `room` (default: all that a CPU has free) beside the forward of
     `sequences` and `cache` bytes of keys and values, else where there is room; `batches`: the most that a walk then
-    takes through a layer; `say` is told where they live. A model that streams is run by an Executor. The caller closes
-    the store. Raises InputError, with both numbers, where no placement fits, before the checkpoint is read, which takes
-    a few MB beside it.
+    takes through a layer; `say` is told where they live; precision: of weights and activations (default: the run's),
+    rounded from the fp32 masters. A model that streams is run by an Executor. The caller closes the store. Raises
+    InputError, with both numbers, where no placement fits, before the checkpoint is read, which takes a few MB beside
+    it.
     """
     from cgpt.placing import (  # which need tyro; saving a model that streams does not
         Room,
@@ -145,6 +166,7 @@ def open_trained(
 
     room = room or Room()
     recipe, identity = read_config(run)
+    recipe = replace(recipe, precision=precision or recipe.precision)
     check_device(room.device)
     placement = place_reading(recipe, room, sequences, batches, cache).placement
     path, manifest, _ = newest(run / CHECKPOINTS)
@@ -157,7 +179,7 @@ def open_trained(
     except BaseException:
         store.close()
         raise
-    return recipe, identity, model, store
+    return recipe, identity, model, store, manifest
 
 
 def open_tokenizer(run: Path, identity: dict) -> Tokenizer:
@@ -195,7 +217,7 @@ def verify(path: Path) -> dict:
 
 
 def load(path: Path, store: Store, manifest: dict) -> None:
-    """Fills `store` from a verified checkpoint: masters, and moments where the store trains."""
+    """Fills `store` from a verified checkpoint: masters, and moments where the store trains, zero if it has none."""
     for index, layer in enumerate(store.layers):
         file = path / f"{layer.name}.safetensors"
         if file.name not in manifest["files"]:
@@ -206,7 +228,11 @@ def load(path: Path, store: Store, manifest: dict) -> None:
                     record.set_master(name, tensors.get_tensor(name))
                     if store.format.training:
                         for kind in MOMENTS:
-                            record.view(kind, name).copy_(tensors.get_tensor(f"{kind}/{name}"))
+                            there = record.view(kind, name)
+                            if manifest.get("moments", True):
+                                there.copy_(tensors.get_tensor(f"{kind}/{name}"))
+                            else:
+                                there.zero_()
         except SafetensorError as error:
             raise InputError(f"{file}: wanted the tensors of layer {layer.name}, got {error}") from error
 
@@ -222,38 +248,28 @@ def _tensors(record: Record) -> Iterator[tuple[str, Tensor]]:
     """A layer's logical tensors, fp32 on the CPU, one in memory at a time."""
     for name in record.layout.names:
         yield name, record.master(name)
-        for kind in MOMENTS:
+        for kind in _moments(record):
             yield f"{kind}/{name}", record.view(kind, name).to("cpu", torch.float32)
 
 
-def _write_tensors(path: Path, record: Record) -> dict:
-    """Writes a safetensors file as a stream and syncs it; returns its size and sha256.
+def _write_record(path: Path, record: Record) -> dict:
+    """Writes a layer's safetensors file; returns its size and sha256."""
 
-    By hand, because safetensors' own writer first copies every tensor of the file: an embedding and its moments are
-    3 GB at 13B. The format is a length, a JSON header, and the bytes (huggingface/safetensors, README, "Format").
-    """
-    header, offset = {}, 0
-    for name, shape in zip(record.layout.names, record.layout.shapes, strict=True):
-        for key in (name, *(f"{kind}/{name}" for kind in MOMENTS)):
-            size = math.prod(shape) * 4
-            header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-
-        def put(data) -> None:
-            digest.update(data)
-            file.write(data)
-
-        put(len(head).to_bytes(8, "little") + head)
+    def on_their_way() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in _tensors(record):
             failpoint(f"{name} on its way")
-            put(memoryview(np.ascontiguousarray(tensor.numpy(), dtype="<f4")).cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": 8 + len(head) + offset, "sha256": digest.hexdigest()}
+            yield name, tensor
+
+    shapes = {
+        key: shape
+        for name, shape in zip(record.layout.names, record.layout.shapes, strict=True)
+        for key in (name, *(f"{kind}/{name}" for kind in _moments(record)))
+    }
+    return write_tensors(path, shapes, on_their_way())
+
+
+def _moments(record: Record) -> tuple[str, ...]:
+    return MOMENTS if record.format.training else ()
 
 
 def _point_latest(folder: Path, name: str) -> None:

@@ -1,10 +1,11 @@
 """`cgpt`: the only reader of the command line.
 
-    train   plan   fit   coord-check   sweep   ablate   eval   generate   data prepare   data info   info
+    train   plan   fit   coord-check   sweep   ablate   eval   generate   import   export   plot
+    data prepare|export|info   info
 
-Exit codes: 0 done; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or 143 after Ctrl-C or SIGTERM
-(128 and the signal's number, as shells count), with the run saved. Nothing heavy is imported before it is known what
-is asked for.
+Exit codes: 0 done; 1 `info` found an op wrong; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or
+143 after Ctrl-C or SIGTERM (128 and the signal's number, as shells count), with the run saved. Nothing heavy is
+imported before it is known what is asked for.
 """
 
 from __future__ import annotations
@@ -23,44 +24,16 @@ from typing import Annotated, Literal
 
 import tyro
 
+from cgpt.data.flags import Data
 from cgpt.errors import InputError
+from cgpt.evaluate.flags import Eval
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.generate_flags import Generate
+from cgpt.info_flags import Info
+from cgpt.interchange.flags import Export, Import
 from cgpt.planning.flags import Plan
-from cgpt.read_flags import Eval
-from cgpt.train_flags import Int, Switch, TrainConfig
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Turn text into token shards that train and eval open at once."""
-
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
-    """Text files (.txt, .jsonl, packed or not), folders of them, moby-dick or python-stdlib."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Dataset folder to write; one left by an interrupted run is finished."""
-    vocab_size: Int = None
-    """Learn a byte-pair vocabulary of so many ids from the text, which a model trained on DIR then has; 257 to 65535
-    (default: GPT-2's vocabulary of 50257)."""
-    workers: Int = None
-    """Threads that encode (default: one a core)."""
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What a dataset holds."""
-
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """As for train."""
-    json: Switch = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Prepare token shards, or look into them."""
-
-    command: Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[DataInfo, tyro.conf.subcommand("info")]
+from cgpt.plot_flags import Plot
+from cgpt.train_flags import Switch, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -86,14 +59,6 @@ class Fit:
     """Draw points, fit and what it foretells (.png, .svg, .pdf)."""
 
 
-@dataclass(frozen=True)
-class Info:
-    """Presets with their exact sizes, and which implementation serves each op on this machine, and why."""
-
-    json: Switch = False
-    """Print JSON."""
-
-
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
@@ -103,6 +68,9 @@ Command = (
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -169,10 +137,12 @@ def run(command) -> int:
         return _train(command)
     if isinstance(command, Sweep | Ablate):
         return _experiment(command)
-    if isinstance(command, Data):
-        command = command.command
+    if isinstance(command, Info):
+        from cgpt.info import info
+
+        return info(command)
     steps = {Plan: _plan, Fit: _fit, CoordCheck: _coord_check, Eval: _eval, Generate: _generate}
-    steps |= {Prepare: _prepare, DataInfo: _data_info, Info: _info}
+    steps |= {Import: _import, Export: _export, Plot: _plot, Data: _data}
     steps[type(command)](command)
     return 0
 
@@ -238,6 +208,13 @@ def _fit(command: Fit) -> None:
         fit_report.plot(fitted, command.plot)
 
 
+def _plot(command: Plot) -> None:
+    from cgpt.comparison import compare
+
+    path, notes = compare(command)
+    print("\n".join([*(f"note: {note}" for note in notes), str(path)]))
+
+
 def _coord_check(command: CoordCheck) -> None:
     from cgpt.experiments.commands import run_coord_check
 
@@ -246,19 +223,9 @@ def _coord_check(command: CoordCheck) -> None:
 
 def _eval(command: Eval) -> None:
     from cgpt.console import interactive
-    from cgpt.evaluate.loss import evaluate_run
+    from cgpt.evaluate.command import run_eval
 
-    bar, room = interactive(), command.room()
-    found = evaluate_run(
-        command.run, command.data, command.tokens, command.batch_size, room, progress=bar, say=_say_placed
-    )
-    if command.json:
-        print(json.dumps(found))
-        return
-    bits = f", {found['bits_per_byte']:.3f} bits a byte" if found["bits_per_byte"] else ""
-    print(
-        f"{found['data']} ({found['split']}): {found['loss']:.4f} nats a token{bits}, over {found['tokens']:,} tokens"
-    )
+    run_eval(command, interactive(), _say_placed)
 
 
 def _generate(command: Generate) -> None:
@@ -268,88 +235,25 @@ def _generate(command: Generate) -> None:
     write_run(command, live=interactive(), say=_say_placed)
 
 
+def _import(command: Import) -> None:
+    from cgpt.interchange.commands import run_import
+
+    run_import(command)
+
+
+def _export(command: Export) -> None:
+    from cgpt.interchange.commands import run_export
+
+    run_export(command)
+
+
 def _say_placed(where: str) -> None:
     """On stderr: stdout is for the result."""
     print(f"placed   {where}", file=sys.stderr, flush=True)
 
 
-def _prepare(command: Prepare) -> None:
+def _data(command: Data) -> None:
     from cgpt.console import interactive
-    from cgpt.data.prepare import prepare
+    from cgpt.data.commands import run as run_data
 
-    size, bar = command.vocab_size, interactive()
-    _show(prepare(command.sources, command.out, workers=command.workers, progress=bar, vocab_size=size), False)
-
-
-def _data_info(command: DataInfo) -> None:
-    from cgpt.console import interactive
-    from cgpt.data.prepare import open_corpus
-
-    _show(open_corpus(command.data, progress=interactive()), command.json)
-
-
-def _show(dataset, as_json: bool) -> None:
-    rows = {
-        "name": dataset.name,
-        "tokens": dataset.n_tokens,
-        "documents": dataset.n_documents,
-        "text_bytes": dataset.text_bytes,
-        "vocab_size": dataset.vocab_size,
-        "dtype": str(dataset.dtype),
-    }
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for name, value in rows.items():
-        print(f"{name:10} {f'{value:,}' if isinstance(value, int) else value}")
-
-
-def _info(command: Info) -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from cgpt.model.presets import PRESETS
-    from cgpt_ext import dispatch
-
-    try:
-        own = version("cgpt-ext")
-    except PackageNotFoundError:  # run from a source tree
-        own = None
-    cuda = torch.cuda.is_available()
-    found = {
-        "version": own,
-        "torch": torch.__version__,
-        "cuda": {"available": cuda, "device": torch.cuda.get_device_name() if cuda else None},
-        **dispatch.report(),
-        "presets": {name: _preset(preset) for name, preset in PRESETS.items()},
-    }
-    if command.json:
-        print(json.dumps(found, indent=1))
-        return
-    cpu = found["cpu"]
-    print(f"cgpt-ext {own}, torch {torch.__version__}, cuda {found['cuda']['device'] or 'not found'}")
-    print(f"cpu {cpu['isa']} of {', '.join(cpu['available'])}; {cpu['threads']} threads\n")
-    print(f"{'preset':8} {'parameters':>14}  layers  width  heads  d_head  positions")
-    for name, row in found["presets"].items():
-        print(
-            f"{name:8} {row['parameters']:14,}  {row['n_layer']:6}  {row['d_model']:5}  {row['n_head']:5}  "
-            f"{row['d_head']:6}  {row['seq_len']:9}"
-        )
-    print()
-    for op, devices in found["ops"].items():
-        for device, row in devices.items():
-            print(f"{op:14} {device:12} {row['implementation']:10} {row['why']}")
-
-
-def _preset(preset) -> dict:
-    return {
-        "parameters": preset.config.n_params,
-        **preset.config.to_dict(),
-        "steps": preset.steps,
-        "tokens": preset.tokens,
-        "batch_schedule": preset.batch_schedule,
-        "lr": preset.lr,
-        "warmup_tokens": preset.warmup_tokens,
-        "decay": preset.decay,
-    }
+    run_data(command.command, interactive())

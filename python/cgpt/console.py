@@ -37,7 +37,8 @@ def report(
         "flops": _flops(recipe),
         "recipe": f"AdamW, peak lr {recipe.lr:g}, {recipe.decay} decay to {recipe.lr * recipe.min_lr_ratio:g}, "
         f"{human(recipe.warmup_tokens)} warm-up tokens, clip {recipe.clip:g}, seed {recipe.seed}"
-        + (f"; tuned in {recipe.transfer_from}" if recipe.transfer_from else ""),
+        + (f"; tuned in {recipe.transfer_from}" if recipe.transfer_from else "")
+        + (f"; from the weights of {recipe.init}" if recipe.init else ""),
         "ops": f"{recipe.device}, {recipe.precision}; "
         + "; ".join(f"{name}: {', '.join(ops)}" for name, ops in kinds.items()),
         "memory": _memory(account),

@@ -70,6 +70,11 @@ def lock_folder(folder: Path) -> TextIO:
     return file
 
 
+def user_cache() -> Path:
+    """The folder for what can be made again: `cgpt` in the user's cache folder. It need not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgpt"
+
+
 def sync_folder(path: Path) -> None:
     """Makes renames in `path` survive a power cut. Raises OSError naming the folder."""
     with naming(path):

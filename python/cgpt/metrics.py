@@ -49,9 +49,13 @@ class Metrics:
     """Appends to `folder`/metrics.jsonl. Raises OSError naming the file."""
 
     def __init__(self, folder: Path, resume_step: int = 0):
-        """resume_step: lines of later steps are dropped, and so is one torn by a crash: steps repeat nowhere."""
+        """resume_step: lines of later steps are dropped, and so is one torn by a crash: steps repeat nowhere.
+
+        furthest: the last step that there was a line of, dropped or not."""
         self.path = folder / METRICS
-        self.rows = [row for row in read(folder) if row["step"] <= resume_step]
+        rows = read(folder)
+        self.furthest = max((row["step"] for row in rows), default=0)
+        self.rows = [row for row in rows if row["step"] <= resume_step]
         write_atomically(self.path, b"".join(_line(row) for row in self.rows))
         self._file = self.path.open("ab", buffering=0)
 

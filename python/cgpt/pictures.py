@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 
+# Told apart by people with any kind of colour vision. Source: Okabe and Ito 2008, "Color Universal Design"; its yellow,
+# too faint for a line on white, gives way to grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+
 
 def blank(width: float, height: float) -> Figure:
     """A figure of so many inches, to be filled with axes."""
@@ -39,9 +43,9 @@ def write(figure: Figure, path: Path) -> Path:
     return path
 
 
-def check_plot(path: Path) -> None:
-    """Raises InputError, naming --plot, unless `path` ends as a picture does and its folder is there."""
+def check_plot(path: Path, flag: str = "--plot") -> None:
+    """Raises InputError, naming the flag, unless `path` ends as a picture does and its folder is there."""
     if path.suffix not in FORMATS:
-        raise InputError(f"--plot: wanted a file ending in {', '.join(FORMATS)}, got {path}")
+        raise InputError(f"{flag}: wanted a file ending in {', '.join(FORMATS)}, got {path}")
     if not path.parent.is_dir():
-        raise InputError(f"--plot: wanted a file in a folder that is there, got {path}")
+        raise InputError(f"{flag}: wanted a file in a folder that is there, got {path}")

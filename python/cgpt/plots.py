@@ -60,7 +60,7 @@ def plot_loss(folder: Path, rows: list[dict], unigram_loss: float | None, title:
     axes.set_title(title, fontsize=11)
     axes.margins(x=0.02)
     plain(axes)
-    axes.xaxis.set_major_formatter(lambda value, _: _tokens(value))
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return write(figure, folder / LOSS)
@@ -111,7 +111,8 @@ def _kind(what: str) -> str:
     return last if last in COLOURS else "other"
 
 
-def _tokens(value: float) -> str:
+def short(value: float) -> str:
+    """A count on an axis: 2500000 -> "2.5M"."""
     for factor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:g}{letter}"

@@ -1,4 +1,4 @@
-"""What commands that read a trained run are asked, and eval's own flags. Imports no torch, so that --help is quick."""
+"""What commands that read a trained run are asked: which, and where it may live. Imports no torch: --help is quick."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from cgpt.stream.limits import parse_bytes
-from cgpt.train_flags import Folder, Int, Switch, Text
+from cgpt.train_flags import Folder, Text
 
 if TYPE_CHECKING:
     from cgpt.placing import Room
@@ -41,17 +41,3 @@ class Read:
         device = self.device_memory and parse_bytes(self.device_memory, "--device-memory")
         host = self.host_memory and parse_bytes(self.host_memory, "--host-memory")
         return Room(self.device, device, host, self.disk and str(self.disk))
-
-
-@dataclass(frozen=True)
-class Eval(Read):
-    """Loss of a trained run on held-out text, in nats per token and bits per byte."""
-
-    data: Text = None
-    """As for train. The run's own data gives its held-out split, any other is read whole (default: the run's own)."""
-    tokens: Int = None
-    """Read at most this many (default: all)."""
-    batch_size: int = 8
-    """Sequences at once."""
-    json: Switch = False
-    """Print JSON."""

@@ -19,6 +19,7 @@ from cgpt.model.config import ACTIVATIONS, POSITIONS, GPTConfig, resized, varian
 from cgpt.model.parametrization import CEREBRAS, KINDS, parametrize
 from cgpt.model.presets import PRESETS, Preset
 from cgpt.schedule import batch_size, check_batch_schedule, steps_for, tokens_after
+from cgpt.starting import IMPORTED, as_start, imported
 from cgpt.stream.format import Format
 from cgpt.stream.limits import parse_bytes
 from cgpt.train_file import read_train_file
@@ -33,6 +34,7 @@ SHAPE = {  # flags that are fields of the model's config, and their names there
     "activation": "activation",
     "embedding_norm": "embedding_norm",
 }
+HUGGING_FACE = ("model_type", "architectures", "n_embd")  # a config.json with any of them is theirs
 RUNS = Path("runs")
 DEVICES = ("cpu", "cuda")
 
@@ -80,6 +82,7 @@ class Recipe:
     moments: str = "fp32"
     parametrization: str = "sp"
     transfer_from: str | None = None
+    init: str | None = None
 
     @property
     def format(self) -> Format:
@@ -112,6 +115,8 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
     """
     preset, config = _preset(config)
     _check(config)
+    if config.init is not None:
+        vocab_size = None
     seq_len = config.seq_len or preset.config.seq_len
     shape, kind, lr = _shape(config, preset)
     schedule = _schedule(config) or preset.batch_schedule
@@ -139,6 +144,7 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
         moments=config.moments or "fp32",
         parametrization=kind,
         transfer_from=config.transfer_from and str(config.transfer_from),
+        init=config.init and str(config.init),
         device=config.device or "cpu",
         seed=_given(config.seed, 0),
         eval_every=config.eval_every or max(1, steps // 10),
@@ -156,6 +162,11 @@ def resolve(config: TrainConfig, vocab_size: int | None = None) -> Recipe:
 
 def _preset(config: TrainConfig) -> tuple[Preset, TrainConfig]:
     """The preset that is asked for, and `config` with the flags that come with it where none was given."""
+    if config.init is not None:
+        try:
+            return as_start(read_start(config.init), config)
+        except InputError as error:
+            raise InputError(f"--init: {error}") from error
     if config.config is not None:
         if config.model is not None:
             raise InputError("--config: wanted it or --model, got both")
@@ -175,14 +186,14 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or value is False or field.name in ("config", "out", "resume", "timeline"):
+        if value is None or value is False or field.name in ("config", "out", "resume", "timeline", "track", "project"):
             continue
         value = _where(config).get(field.name, value)
         if field.name in ("batch_size", "batch_schedule"):
             before, value = saved.batch_schedule, _schedule(config)
         else:
             before = getattr(saved.shape, SHAPE[field.name]) if field.name in SHAPE else getattr(saved, field.name)
-            value = str(value) if field.name == "transfer_from" else value
+            value = str(value) if field.name in ("transfer_from", "init") else value
         if value == before:
             continue
         if field.name not in CHANGEABLE:
@@ -209,9 +220,13 @@ def _shape(config: TrainConfig, preset: Preset) -> tuple[GPTConfig, str, float]:
 
 def _tuned(folder: Path) -> Recipe:
     try:
-        return read_config(folder)[0]
+        recipe, identity = read_config(folder)
     except InputError as error:
         raise InputError(f"--transfer-from: {error}") from error
+    if IMPORTED in identity:
+        wanted = "wanted a run that was tuned, got imported weights, which --init takes"
+        raise InputError(f"--transfer-from: {folder}: {wanted}")
+    return recipe
 
 
 def _where(config: TrainConfig) -> dict[str, Any]:
@@ -268,11 +283,45 @@ def read_config(folder: Path) -> tuple[Recipe, dict]:
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{folder}: wanted a run folder ({CONFIG}), got {'none' if folder.is_dir() else 'no folder'}")
+    if is_huggingface(folder):
+        wanted = f"wanted a run folder, got a Hugging Face model; cgpt import {folder} --out RUN makes one"
+        raise InputError(f"{folder}: {wanted}")
     try:
         content = json.loads(path.read_bytes())
-        return Recipe.from_dict(content["recipe"]), content["dataset"]
+        return Recipe.from_dict(content["recipe"]), dict(content["dataset"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: wanted a run's configuration, got a damaged file ({error})") from error
+
+
+def read_resumed(folder: Path) -> tuple[Recipe, dict]:
+    """`read_config` of a run that was begun here. Raises InputError for one that was imported, which has no moments."""
+    recipe, identity = read_config(folder)
+    if IMPORTED in identity:
+        raise InputError(f"{folder}: wanted a run to resume, got imported weights; cgpt train --init {folder} goes on")
+    return recipe, identity
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether `folder` holds a model as Hugging Face saves it, going by its config.json."""
+    try:
+        content = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "recipe" not in content and not content.keys().isdisjoint(HUGGING_FACE)
+
+
+def check_start(folder: Path) -> None:
+    """Raises InputError where `folder` can be neither a run nor a Hugging Face model."""
+    if not (folder / CONFIG).is_file():
+        got = "none" if folder.is_dir() else "no folder"
+        raise InputError(f"{folder}: wanted a run folder or a Hugging Face folder ({CONFIG}), got {got}")
+
+
+def read_start(folder: Path) -> Recipe:
+    """The recipe of the run in `folder`, or the one that a Hugging Face model in its place is imported with. Raises
+    InputError where there is neither, or a model that is none of ours."""
+    check_start(folder)
+    return Recipe(**imported(folder)) if is_huggingface(folder) else read_config(folder)[0]
 
 
 def _check(config: TrainConfig) -> None:

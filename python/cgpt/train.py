@@ -16,7 +16,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -24,13 +25,15 @@ import torch
 
 from cgpt import checkpoint, console
 from cgpt.data.loader import Loader, train_val_split, unigram_loss
-from cgpt.data.prepare import open_corpus, own_vocab_size
+from cgpt.data.prepare import own_vocab_size
 from cgpt.data.shards import TokenDataset
 from cgpt.data.tokenizer import TOKENIZER
 from cgpt.errors import Diverged, InputError
 from cgpt.evaluate.generate import generate
 from cgpt.evaluate.loss import HeldOut, held_out_loss, identity_of, to_device, windows_within
 from cgpt.files import lock_folder, write_atomically
+from cgpt.interchange.importing import data_of, start_from
+from cgpt.interchange.weights import open_weights
 from cgpt.lanes import LaneReport
 from cgpt.metrics import Metrics, Summary, human, peak_memory_bytes
 from cgpt.model.gpt import GPT
@@ -42,7 +45,7 @@ from cgpt.recipe import (
     TrainConfig,
     batch_at,
     new_folder,
-    read_config,
+    read_resumed,
     resolve,
     resolve_resumed,
     resumed_folder,
@@ -59,6 +62,7 @@ from cgpt.stream.probe import probe
 from cgpt.stream.selfcheck import check_machine
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
+from cgpt.tracking import Tracked, Tracking, tracked
 from cgpt_ext import dispatch
 
 SAMPLE_PROMPT = 16  # tokens of held-out text that the sample at the end continues
@@ -82,22 +86,24 @@ class Job:
     folder: Path
     identity: dict | None = None
     timeline: bool = False
+    tracked: Tracked = field(default_factory=Tracked)
 
 
 def job_of(config: TrainConfig) -> Job:
     """What `config` asks for. Raises InputError, naming the flag, where it makes no run."""
     if not config.resume:
         recipe = resolve(config, config.data and own_vocab_size(config.data))
-        return Job(recipe, new_folder(config, recipe), None, config.timeline)
+        return Job(recipe, new_folder(config, recipe), None, config.timeline, tracked(config.track, config.project))
     folder = resumed_folder(config)
-    saved, identity = read_config(folder)
-    return Job(resolve_resumed(config, saved, folder), folder, identity, config.timeline)
+    saved, identity = read_resumed(folder)
+    recipe, trackers = resolve_resumed(config, saved, folder), tracked(config.track, config.project, folder)
+    return Job(recipe, folder, identity, config.timeline, trackers)
 
 
 def train_job(job: Job) -> Summary:
     """`train`, of a recipe that need not have come from the command line."""
     run = open_run(job)
-    with contextlib.closing(run.lock), contextlib.closing(run.store):
+    with closing(run.lock), closing(run.store):
         return to_the_end(run)
 
 
@@ -111,17 +117,19 @@ def to_the_end(run: Run) -> Summary:
 
     flops = matmul_flops_per_token(recipe.shape, recipe.seq_len)
     metrics = Metrics(run.folder, run.step)
+    tracking = Tracking(run.tracked, run.folder, recipe.to_dict(), run.step, metrics.furthest, console.say)
     live = console.Live(recipe.steps, run.step, flops)
     began = time.monotonic()
     evaluation: HeldOut | None = None
     saving = run.checkpoints.to_the_end(console.say)
-    with contextlib.closing(metrics), contextlib.closing(live), stop_signals() as stop, saving:
+    with closing(metrics), closing(tracking), closing(live), stop_signals() as stop, saving:
         while run.step < recipe.steps:
             row = one_step(run)
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
                 evaluation = evaluate(run)
-                row["val_loss"] = evaluation.loss
+                row |= {"val_loss": evaluation.loss, "val_bits_per_byte": evaluation.bits_per_byte}
             metrics.append(row)
+            tracking.log(row)
             live.step(row)
             stopping = bool(stop)  # looked at once: a signal from here on is the next step's
             run.checkpoints.notice()
@@ -188,6 +196,7 @@ class Run:
     lock: TextIO
     lanes: LaneReport
     checkpoints: Checkpoints
+    tracked: Tracked
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -201,7 +210,8 @@ def open_run(job: Job) -> Run:
     if not placed.streams:  # a run that streams counts on freed memory being free
         keep_large_buffers()
 
-    dataset = open_corpus(recipe.data, progress=console.interactive())
+    start = None if resumed or recipe.init is None else open_weights(recipe.init)
+    dataset = data_of(recipe, start, folder, identity, progress=console.interactive())
     train_split, val_split = train_val_split(dataset, recipe.seq_len)
     found = identity_of(dataset)
     if identity not in (None, found):
@@ -231,15 +241,17 @@ def open_run(job: Job) -> Run:
     try:
         lanes = LaneReport(store, probe(store) if placed.streams else None, job.timeline, recipe.shape.d_model)
         checkpoints = Checkpoints(folder / checkpoint.CHECKPOINTS, store, recipe.keep)
-        parts = model, store, Executor(store), optimizer, lock, lanes, checkpoints
+        parts = model, store, Executor(store), optimizer, lock, lanes, checkpoints, job.tracked
         run = Run(recipe, folder, dataset, loader, held_out, *parts)
-        if resumed:
+        if start is not None:
+            start_from(start, folder, recipe, optimizer.state())
+        if resumed or start is not None:
             go_on(run)
-        if not run.step:
+        if run.checkpoints.newest is None:
             store.initialise(lambda name, tensor: init_parameter(name, tensor, recipe.shape, recipe.seed))
-        write_config(folder, recipe, found)
         if dataset.vocabulary is not None:  # so that the run can be read without its data
             write_atomically(folder / TOKENIZER, dataset.tokenizer.file)
+        write_config(folder, recipe, found)
         told = f"{dataset.name}: {human(train_split.n_tokens)} tokens to train on, {human(val_split.n_tokens)} held out"
         told += f", vocabulary of {dataset.vocab_size:,}"
         console.report(recipe, store.n_parameters, told, implementations, placed.account, folder)
@@ -258,7 +270,7 @@ def go_on(run: Run) -> None:
     """Takes the run to its newest whole checkpoint, saying which were skipped; to step 0 if there is none at all."""
     folder = run.folder / checkpoint.CHECKPOINTS
     checkpoint.remove_partial(folder)
-    if not checkpoint.steps(folder):
+    if not checkpoint.steps(folder) and run.recipe.init is None:
         return
     path, manifest, skipped = checkpoint.newest(folder)
     for line in skipped:

@@ -18,6 +18,7 @@ Float = Annotated[float | None, _flag("FLOAT")]
 Text = Annotated[str | None, _flag("TEXT")]
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Folder = Annotated[Path | None, _flag("DIR")]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], _flag("TRACKER")]
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class TrainConfig:
     config: Annotated[Path | None, _flag("FILE")] = None
     """A preset of your own with flags that go with it, as `cgpt plan --write` leaves them (default: --model)."""
     data: Text = None
-    """moby-dick, python-stdlib, text (.txt, .jsonl, packed or not), a prepared folder, or token files of nanoGPT or
-    llm.c (default: moby-dick)."""
+    """moby-dick, python-stdlib, text (.txt, .jsonl, .parquet), hf:NAME:SPLIT, a prepared folder, or token files of
+    nanoGPT, llm.c, Megatron or datatrove (default: moby-dick)."""
     width: Int = None
     """Of the model, with more or fewer of the preset's heads and d_ff in proportion (default: the preset's)."""
     layers: Int = None
@@ -49,6 +50,10 @@ class TrainConfig:
     transfer_from: Annotated[Path | None, _flag("RUN")] = None
     """Start from the init, factors and learning rate that were tuned in this run, by the rules of --parametrization
     (then mup by default). Without --model all else that is not asked for is the run's too: --width makes it wider."""
+    init: Annotated[Path | None, _flag("PATH")] = None
+    """Fine-tune the weights in this run or Hugging Face folder, whose shape and vocabulary the model has; text is read
+    in that vocabulary. Moments start at zero. Defaults are then 1000 steps of 8 sequences, and a tenth of the peak
+    learning rate that it was trained with, as far as is known."""
     steps: Int = None
     """Optimizer steps of the whole run (default: as many as see the preset's tokens)."""
     batch_size: Int = None
@@ -101,5 +106,15 @@ class TrainConfig:
     """Checkpoints to keep (default: 2)."""
     out: Folder = None
     """Run folder (default: runs/MODEL-DATA, or the next free runs/MODEL-DATA-2, -3, ...)."""
+    track: tyro.conf.UseAppendAction[
+        Annotated[
+            tuple[Literal["tensorboard", "wandb", "trackio"], ...],
+            tyro.conf.arg(metavar="TRACKER", help_behavior_hint=""),
+        ]
+    ] = ()
+    """Send the metrics there too, besides metrics.jsonl: tensorboard, wandb or trackio; give it once for each. One that
+    fails is left out and the run goes on (default: with --resume the run's, else none)."""
+    project: Text = None
+    """Of wandb and trackio, to file the run under (default: cgpt)."""
     resume: Switch = False
     """Go on with the run in --out (default: the newest of runs/MODEL-DATA) from its newest whole checkpoint."""

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from cgpt.data import shards
+from cgpt.data.formats import llmc as llmc_format
+from cgpt.data.formats.scan import SCAN_TOKENS
 from cgpt.data.prepare import prepare
 from cgpt.data.shards import TokenDataset, open_dataset
 from cgpt.data.tokenizer import EOT, gpt2
@@ -162,9 +164,9 @@ def test_missing_and_unfinished(tmp_path, folder):
     refusal(tmp_path / "nowhere", "nowhere: no such file or folder; wanted a token dataset")
     (folder / "dataset.json").rename(folder / "unfinished.json")
     refusal(folder, "out: wanted a whole dataset, got an unfinished one")
-    refusal(tmp_path / "a.jsonl", r"a\.jsonl: wanted a \.bin token file or a folder, got the suffix '\.jsonl'")
+    refusal(tmp_path / "a.jsonl", r"a\.jsonl: wanted a token file \(\.bin, \.idx, \.ds\) or a folder, got the suffix")
     (tmp_path / "empty").mkdir()
-    refusal(tmp_path / "empty", r"empty: wanted a folder with dataset\.json or \.bin token files, got neither")
+    refusal(tmp_path / "empty", r"empty: wanted a folder with dataset\.json or token files \(\.bin, \.idx, \.ds\), got")
 
 
 def test_nanogpt_file(tmp_path):
@@ -209,13 +211,13 @@ def test_llmc_folder_by_name_and_documents_running_over_files(tmp_path):
 
 
 def test_no_llmc_magic_is_a_pair_of_gpt2_ids():
-    for magic in shards.LLMC_FORMATS:
+    for magic in llmc_format.KINDS:
         assert max(np.array([magic], dtype="<i4").view("<u2")) > EOT
 
 
-@pytest.mark.parametrize("place", [0, shards.SCAN_TOKENS - 1, shards.SCAN_TOKENS, 2 * shards.SCAN_TOKENS])
+@pytest.mark.parametrize("place", [0, SCAN_TOKENS - 1, SCAN_TOKENS, 2 * SCAN_TOKENS])
 def test_ids_past_the_vocabulary(tmp_path, place):
-    tokens = np.ones(2 * shards.SCAN_TOKENS + 1, dtype=np.uint16)
+    tokens = np.ones(2 * SCAN_TOKENS + 1, dtype=np.uint16)
     tokens[-1] = EOT
     tokens[place] = 50257
     path = nanogpt(tmp_path / "a.bin", tokens)

@@ -141,7 +141,7 @@ def test_empty_file_and_folder_without_text(tmp_path):
     refusal(tmp_path / "f", r"f: wanted a folder of \.txt or \.jsonl .* files, got 1 others")
 
 
-@pytest.mark.parametrize("name", ["a.pdf", "a.parquet", "a", "a.txt.bz2", "a.gz"])
+@pytest.mark.parametrize("name", ["a.pdf", "a.parquet.gz", "a", "a.txt.bz2", "a.gz"])
 def test_unknown_suffix(tmp_path, name):
     (tmp_path / name).write_text("text")
     refusal(tmp_path / name, rf"{name}: wanted a \.txt or \.jsonl .* file, got the suffix")

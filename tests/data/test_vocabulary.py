@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,10 @@ import pytest
 import regex  # a dependency of tiktoken
 import tokenizers
 
+from cgpt import cli
 from cgpt.data import prepare as room
 from cgpt.data import shards, writer
+from cgpt.data.loader import held_out, train_val_split
 from cgpt.data.prepare import open_corpus, own_vocab_size, prepare
 from cgpt.data.sources import find, read
 from cgpt.data.tokenizer import PATTERN, gpt2, parse_tokenizer, read_tokenizer
@@ -35,8 +37,14 @@ def texts():
 
 
 @pytest.fixture(scope="module")
-def learnt(texts):
-    return learn(texts, SIZE)
+def seen(texts):
+    """What is trained on."""
+    return [text for document, text in enumerate(texts) if not held_out(document)]
+
+
+@pytest.fixture(scope="module")
+def learnt(seen):
+    return learn(seen, SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +146,81 @@ def test_ids_are_those_of_the_tokenizers_package(learnt, texts):
     assert theirs.token_to_id("<|endoftext|>") == learnt.eot
 
 
-def test_same_text_same_bytes_in_any_order(learnt, texts):
-    shuffled = random.Random(3).sample(texts, len(texts))
+def test_same_text_same_bytes_in_any_order(learnt, seen):
+    shuffled = random.Random(3).sample(seen, len(seen))
     assert learn(iter(shuffled), SIZE).file == learnt.file
-    assert learn(texts[1:], SIZE).file != learnt.file
+    assert learn(seen[1:], SIZE).file != learnt.file
+
+
+def test_what_is_held_out_teaches_nothing(tmp_path, texts):
+    """Another text in a held-out document changes no id; in any other it does."""
+    rows = [{"text": text} for text in texts]
+    hidden = [i for i in range(len(texts)) if held_out(i)]
+    assert hidden
+    files = {}
+    for name, changed in (("as it is", None), ("held out", hidden[0]), ("seen", hidden[0] + 1)):
+        path = tmp_path / "a.jsonl"
+        other = [{"text": "zzzyx " * 3000} if i == changed else row for i, row in enumerate(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in other))
+        dataset = prepare(path, tmp_path / name, progress=False, vocab_size=SIZE)
+        files[name] = (tmp_path / name / "tokenizer.json").read_bytes()
+        split = train_val_split(dataset, 64)[1]
+        assert split.rule == "documents"
+        ends = dataset.document_ends.tolist()
+        assert [ends[i] for i in hidden if i + 1 not in hidden] == split.stops.tolist()
+    assert files["as it is"] == files["held out"] != files["seen"]
+
+
+def test_documents_too_uneven_for_the_hash_are_all_learnt_from(tmp_path):
+    assert held_out([0, 1]).tolist() == [False, True]
+    texts = ["a short one about nothing", " ".join(f"the whale {i % 50} of the sea" for i in range(4000))]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    dataset = prepare(path, tmp_path / "out", progress=False, vocab_size=300)
+    assert dataset.tokenizer.file == learn(texts, 300).file
+    refusal("wanted at most [0-9]+, as the text has no more pairs", prepare, path, tmp_path / "b", vocab_size=60_000)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_blocks_of_hashes_change_nothing(monkeypatch, block):
+    monkeypatch.setattr(room, "BLOCK_DOCUMENTS", block)
+    assert list(islice(room._marks(), 100)) == held_out(np.arange(100)).tolist()
+
+
+def test_a_vocabulary_from_elsewhere(whole, source, learnt, tmp_path, capsys):
+    (tmp_path / "b.txt").write_text("another text about the whale")
+    dataset = prepare(tmp_path / "b.txt", tmp_path / "b", progress=False, vocabulary=shards.vocabulary_of(whole))
+    assert dataset.tokens(0, dataset.n_tokens).tolist() == [
+        *learnt.encode_ordinary("another text about the whale"),
+        SIZE - 1,
+    ]
+    assert dataset.tokenizer.hash == learnt.hash
+    assert shards.vocabulary_of(whole / "tokenizer.json").hash == learnt.hash
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"dataset": {"vocabulary": learnt.hash}}))
+    refusal("tokenizer.json: no such file", shards.vocabulary_of, run)
+    shutil.copy(whole / "tokenizer.json", run)
+    assert shards.vocabulary_of(run).hash == learnt.hash
+    (run / "config.json").write_text(json.dumps({"dataset": {"vocabulary": "f00"}}))
+    refusal("wanted vocabulary f00, got ", shards.vocabulary_of, run)
+    (run / "config.json").write_text(json.dumps({"dataset": {"name": "a"}}))
+    (run / "tokenizer.json").unlink()
+    assert shards.vocabulary_of(run) is gpt2()
+    prepare(tmp_path / "b.txt", tmp_path / "c", progress=False, vocabulary=gpt2())
+    assert shards.vocabulary_of(tmp_path / "c") is gpt2()
+    assert not (tmp_path / "c/tokenizer.json").exists()
+    for content in ("{", "[]", '{"model_type": "gpt2"}'):
+        (run / "config.json").write_text(content)
+        refusal("config.json: wanted a run's configuration, got another file", shards.vocabulary_of, run)
+    refusal("wanted a prepared dataset or a run, to take its vocabulary", shards.vocabulary_of, tmp_path)
+    both = {"vocab_size": 300, "vocabulary": learnt}
+    refusal("--vocab-from: wanted it or --vocab-size, got both", prepare, source, tmp_path / "d", **both)
+    assert (
+        cli.main(["data", "prepare", str(tmp_path / "b.txt"), "--out", str(tmp_path / "e"), "--vocab-from", str(whole)])
+        == 0
+    )
+    assert (tmp_path / "e/tokenizer.json").read_bytes() == learnt.file
 
 
 def test_a_file_gives_back_the_vocabulary(learnt, tmp_path):

@@ -32,3 +32,12 @@ def test_meta_tensors_have_shapes():
     assert embedding(ids, torch.empty(9, 8, device="meta")).shape == (2, 5, 8)
     assert grad_norm([x, x]).is_meta
     adamw_([x], [x], [x], [x], 1, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*deprecated")
+def test_a_trace_holds_the_op():
+    """Of a kernel called past the dispatcher a trace would keep the result instead."""
+    weight = torch.ones(8)
+    traced = torch.jit.trace(lambda x: layer_norm(x, weight, None), torch.randn(2, 8))
+    x = torch.randn(2, 8)
+    assert torch.equal(traced(x), layer_norm(x, weight, None))

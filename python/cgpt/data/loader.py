@@ -71,8 +71,8 @@ def train_val_split(
     """(train, val): disjoint, together the whole dataset, each with at least seq_len + 1 tokens.
 
     Where the source brings its own validation files, those are the split. Otherwise a document is validation
-    if a hash of its index and `seed` falls below `fraction`. If that gives validation less than one sequence,
-    or so much (chance and one huge document) that it is nearer to all than to `fraction`, documents are taken
+    if a hash of its index and `seed` falls below `fraction` (`held_out`). If that gives validation less than one
+    sequence, or so much (chance and one huge document) that it is nearer to all than to `fraction`, documents are taken
     in order of their hash until there is one sequence. A corpus that cannot be shared out so (a single
     document, above all) gives its last `fraction`, or one sequence if that is more.
 
@@ -105,15 +105,10 @@ def _held_out_documents(dataset: TokenDataset, need: int, fraction: float, seed:
     """(n_documents,) bool, or None where no choice by hash gives both sides enough tokens."""
     n = dataset.n_documents
     key = _mix(np.array([seed % 2**64], dtype=np.uint64))
-    limit = np.uint64(int(fraction * 2**64))
-    mask = np.concatenate(
-        [
-            _mix(np.arange(start, min(start + CHUNK_TOKENS, n), dtype=np.uint64) ^ key) < limit
-            for start in range(0, n, CHUNK_TOKENS)
-        ]
-    )
+    chunks = range(0, n, CHUNK_TOKENS)
+    mask = np.concatenate([held_out(np.arange(at, min(at + CHUNK_TOKENS, n)), fraction, seed) for at in chunks])
     starts, stops = _spans(dataset.document_ends, mask)
-    most = min(dataset.n_tokens - need, int(dataset.n_tokens * (1 + fraction) / 2))
+    most = min(dataset.n_tokens - need, int(dataset.n_tokens * most_held_out(fraction)))
     if need <= int((stops - starts).sum()) <= most:
         return mask
     mask[:] = False
@@ -125,6 +120,17 @@ def _held_out_documents(dataset: TokenDataset, need: int, fraction: float, seed:
             mask[document] = True
             held += int(lengths[document])
     return mask if held >= need else None
+
+
+def held_out(documents: np.ndarray, fraction: float = 0.05, seed: int = 0) -> np.ndarray:
+    """Which of `documents` (indices, any shape) are validation by their hash, bool of that shape."""
+    key = _mix(np.array([seed % 2**64], dtype=np.uint64))
+    return _mix(np.asarray(documents).astype(np.uint64) ^ key) < np.uint64(int(fraction * 2**64))
+
+
+def most_held_out(fraction: float = 0.05) -> float:
+    """The share of the tokens past which the choice by hash is not taken."""
+    return (1 + fraction) / 2
 
 
 def _spans(document_ends: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

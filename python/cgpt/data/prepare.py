@@ -1,7 +1,7 @@
 """Text to token shards: read in order, tokenize in parallel, write in order, survive a kill.
 
     pieces of text --(batches of a fixed size)--> threads --(in order)--> shard-00000.bin, ...
-    all of the text first --(where asked for)--> tokenizer.json
+    what training will see first --(where asked for)--> tokenizer.json
 
 Batches and shards are cut by the text alone, so the bytes written depend neither on the number of workers
 nor on interruptions. tiktoken releases the interpreter lock while it encodes (97 % of a batch's time, EPYC
@@ -19,20 +19,24 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from cgpt.data import shards
-from cgpt.data.sources import BUILT_IN, Corpus, Piece, find, read
-from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2
+from cgpt.data.loader import held_out, most_held_out
+from cgpt.data.sources import BUILT_IN, TEXT_FIELD, Corpus, Piece, find, read
+from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2, read_tokenizer
 from cgpt.data.vocabulary import check_size, learn
 from cgpt.data.writer import DTYPE, Encoded, ShardWriter, folder_for_one
 from cgpt.errors import InputError
+from cgpt.files import user_cache
 
 BATCH_CHARS = 1 << 20  # about 0.25M tokens: 50 ms of work, against which handing it over costs nothing
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
+BLOCK_DOCUMENTS = 1 << 14  # whose hashes are computed at once
 
 
 def prepare(
@@ -43,11 +47,14 @@ def prepare(
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
     vocab_size: int | None = None,
+    vocabulary: Tokenizer | None = None,
+    text_field: str = TEXT_FIELD,
 ) -> shards.TokenDataset:
-    """Tokenize `sources` (text files, folders of them, built-in names) into the dataset folder `out`.
+    """Tokenize `sources` (as `sources.find` knows them) into the dataset folder `out`.
 
     Each document is followed by EOT. `vocab_size` asks for a vocabulary of that many ids learnt from the sources, which
-    are then read twice (default: GPT-2's). `workers` threads encode (default: the cores this process may use).
+    are then read twice; `vocabulary` is one to use (default: GPT-2's). `text_field` is of JSON lines and tables.
+    `workers` threads encode (default: the cores this process may use).
     `out` must be new, empty, or left by an interrupted run with the same sources and vocabulary, which is then
     finished; one that holds the finished dataset of the same sources is opened. A shard closes at the first batch
     that takes it to `shard_tokens`.
@@ -59,11 +66,13 @@ def prepare(
     """
     if vocab_size is not None:
         check_size(vocab_size)
-    corpora = [find(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    if vocab_size is not None and vocabulary is not None:
+        raise InputError("--vocab-from: wanted it or --vocab-size, got both")
+    corpora = [find(source, text_field) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     if not corpora:
         raise InputError(f"{out}: wanted at least one source to prepare, got none")
     out = Path(out)
-    vocabulary = vocab_size or gpt2()
+    vocabulary = vocab_size or vocabulary or gpt2()
     fingerprint = _fingerprint(corpora, vocabulary, shard_tokens)
     with folder_for_one(out, wait=False):
         return _prepare_locked(corpora, out, vocabulary, fingerprint, workers, progress, shard_tokens)
@@ -88,7 +97,7 @@ def open_corpus(
     corpus = find(name_or_path)
     vocabulary = tokenizer or gpt2()
     fingerprint = _fingerprint([corpus], vocabulary, SHARD_TOKENS)
-    cache = Path(cache_dir) if cache_dir else _user_cache()
+    cache = Path(cache_dir) if cache_dir else user_cache()
     out = cache / f"{corpus.name}-{fingerprint[:16]}"
     if not (out / shards.MANIFEST).exists():
         with folder_for_one(out, wait=True):
@@ -99,27 +108,25 @@ def open_corpus(
 def own_vocab_size(name_or_path: str | Path) -> int | None:
     """Ids of the vocabulary that this data brings along; None for all that comes in GPT-2's, text above all.
 
-    Reads the manifest alone: a model can be sized before its text is tokenized.
+    Reads manifest or `tokenizer.json` alone: a model can be sized before its text is tokenized.
     """
-    manifest = Path(name_or_path) / shards.MANIFEST
-    if not _has_tokens(name_or_path) or not manifest.exists():
+    if not _has_tokens(name_or_path):
         return None
+    manifest = Path(name_or_path) / shards.MANIFEST
+    if not manifest.exists():
+        own = shards.vocabulary_beside(Path(name_or_path))
+        return own and read_tokenizer(own).n_vocab
     content = shards.read_manifest(manifest)
     return content["vocab_size"] if TOKENIZER in content["files"] else None
 
 
 def _has_tokens(name_or_path: str | Path) -> bool:
-    path = Path(name_or_path)
-    return name_or_path not in BUILT_IN and path.exists() and shards.is_token_source(path)
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgpt"
+    return name_or_path not in BUILT_IN and shards.is_token_source(Path(name_or_path))
 
 
 def _fingerprint(corpora: list[Corpus], vocabulary: Tokenizer | int, shard_tokens: int) -> str:
     """Equal where a run would write the same bytes, as far as names, sizes and times of the sources tell."""
-    kind = f"{vocabulary} learnt" if isinstance(vocabulary, int) else vocabulary.hash
+    kind = f"{vocabulary} learnt from what is trained on" if isinstance(vocabulary, int) else vocabulary.hash
     settings = [shards.VERSION, kind, BATCH_CHARS, shard_tokens]
     parts = settings + [corpus.fingerprint() for corpus in corpora]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -156,24 +163,56 @@ def _prepare_locked(
 
 def _settle(vocabulary: Tokenizer | int, corpora: list[Corpus], writer: ShardWriter, progress: bool) -> Tokenizer:
     """The tokenizer to encode with, learnt if need be, and kept in the dataset's folder where it is not GPT-2's."""
-    if vocabulary is gpt2():
+    if isinstance(vocabulary, Tokenizer) and vocabulary.hash == gpt2().hash:
         return vocabulary
     if (kept := writer.vocabulary()) is not None:
         return kept
     if isinstance(vocabulary, int):
-        with _bar("learning", corpora, progress) as bar:
-            vocabulary = learn(_texts(corpora, bar), vocabulary)
+        vocabulary = _learn(vocabulary, corpora, progress)
     writer.keep(vocabulary)
     return vocabulary
 
 
-def _texts(corpora: list[Corpus], bar: tqdm) -> Iterator[str]:
-    finished = 0
+def _learn(n_vocab: int, corpora: list[Corpus], progress: bool) -> Tokenizer:
+    """The vocabulary of the documents that training sees by default: those not held out by their hash.
+
+    Where that would hold out so much that `train_val_split` goes another way, which is known once all have been read,
+    all are read again and count. A single document is held out from its tail on, and counts whole.
+    """
+    shares = Counter()
+    try:
+        with _bar("learning", corpora, progress) as bar:
+            found = learn(_texts(corpora, bar, shares), n_vocab)
+    except InputError:
+        if shares["held out"] <= most_held_out() * shares.total():
+            raise
+    else:
+        if shares["held out"] <= most_held_out() * shares.total():
+            return found
+    with _bar("learning", corpora, progress) as bar:
+        return learn(_texts(corpora, bar), n_vocab)
+
+
+def _texts(corpora: list[Corpus], bar: tqdm, shares: Counter[str] | None = None) -> Iterator[str]:
+    """All texts; with `shares`, in which characters are counted, without the documents that are held out."""
+    marks = _marks()
+    finished, held = 0, next(marks)
     for corpus in corpora:
         for piece in read(corpus, Counter()):
-            yield piece.text
+            if shares is not None:
+                shares["held out" if held else "seen"] += len(piece.text)
+            if not held or shares is None:
+                yield piece.text
+            if piece.ends_document:
+                held = next(marks)
             bar.update(finished + piece.consumed - bar.n)
         finished += corpus.size()
+
+
+def _marks() -> Iterator[bool]:
+    """Whether document 0, 1, ... is held out."""
+    for start in count(0, BLOCK_DOCUMENTS):
+        yield from held_out(np.arange(start, start + BLOCK_DOCUMENTS)).tolist()
 
 
 def _encode_all(
@@ -208,7 +247,7 @@ def _bar(doing: str, corpora: list[Corpus], progress: bool) -> tqdm:
     """Bytes of source read, time left, tokens per second; a line every ten seconds where nobody watches."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     total = sum(corpus.size() for corpus in corpora)
-    return tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not progress, mininterval=interval)
+    return tqdm(total=total or None, unit="B", unit_scale=True, desc=doing, disable=not progress, mininterval=interval)
 
 
 def _batches(corpora: list[Corpus], skipped: Counter[str], size: int) -> Iterator[tuple[int, list[Piece]]]:

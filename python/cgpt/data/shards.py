@@ -11,11 +11,9 @@ cannot be written to keeps no stamp and is verified at every opening. sha256 (1.
 rather than CRC-32 (4.1 GB/s) because the cost falls once, anyone can redo it with `sha256sum`, and it names
 the content.
 
-Token files of other trainers are opened as they are: nanoGPT's `.bin` (bare uint16) and llm.c's (a header of
-256 int32: magic 20240520 version 1 for uint16, magic 20240801 version 7 for uint32; the third is the count).
-Read as two uint16, either magic holds an id past GPT-2's vocabulary, so no nanoGPT file can look like
-llm.c's. They hold neither index nor checksum: each opening streams through them once, for the largest id and
-the places of EOT.
+Token files of other trainers (formats/) are opened as they are. They hold no checksum: their ids are read through
+once (formats/scan.py), for those past the vocabulary and, where a format has no index, for the places of EOT. A
+`tokenizer.json` beside them, as `cgpt data export` leaves one, is their vocabulary.
 """
 
 from __future__ import annotations
@@ -29,6 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cgpt.data.formats.scan import scan
+from cgpt.data.formats.table import SUFFIXES, read_token_file, token_files
+from cgpt.data.formats.token_file import expect
 from cgpt.data.tokenizer import EOT, TOKENIZER, VOCAB_SIZE, Tokenizer, gpt2, read_tokenizer
 from cgpt.errors import InputError
 from cgpt.files import read_signed_json, sha256_of, write_atomically
@@ -38,11 +39,7 @@ MANIFEST = "dataset.json"
 UNFINISHED = "unfinished.json"
 DOCUMENTS = "documents.idx"
 STAMP = ".verified"
-
-LLMC_HEADER_BYTES = 1024
-LLMC_FORMATS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, tokens
-
-SCAN_TOKENS = 1 << 18  # one step of a pass over tokens; fits the second-level cache
+CONFIG = "config.json"  # of a run
 
 
 class TokenDataset:
@@ -120,32 +117,71 @@ class TokenDataset:
 def is_token_source(path: Path) -> bool:
     """Whether `open_dataset` is the door for `path`: token files rather than text."""
     if path.is_dir():
-        return (path / MANIFEST).exists() or (path / UNFINISHED).exists() or any(path.glob("*.bin"))
-    return path.suffix == ".bin"
+        return (path / MANIFEST).exists() or (path / UNFINISHED).exists() or bool(token_files(path))
+    return path.suffix in SUFFIXES if path.exists() else _of_prefix(path) is not None
 
 
 def open_dataset(
-    path: str | Path, *, vocab_size: int = VOCAB_SIZE, eot: int = EOT, verify: bool = True
+    path: str | Path, *, vocab_size: int | None = None, eot: int | None = None, verify: bool = True
 ) -> TokenDataset:
-    """Open a prepared folder, a token file of nanoGPT or llm.c, or a folder of such files.
+    """Open a prepared folder, a token file of nanoGPT, llm.c, Megatron or datatrove, or a folder of such files.
 
-    In a folder of token files, those with the word `val` in their name (`val.bin`, `fineweb_val_000000.bin`)
-    are the validation split if there are others. `vocab_size` and `eot` describe files that do not describe
-    themselves. `verify=False` leaves out checksums. Raises InputError for what is missing, truncated,
-    altered, of another version or vocabulary, or holds an id past the vocabulary.
+    Megatron's pair is named by either file or without a suffix. In a folder of token files, those with the word `val`
+    in their name (`val.bin`, `fineweb_val_000000.bin`) are the validation split if there are others. `vocab_size` and
+    `eot` are of files that do not describe themselves (default: what `tokenizer.json` beside them says, else GPT-2's).
+    `verify=False` leaves out checksums. Raises InputError for what is missing, truncated, altered, of another version
+    or vocabulary, or holds an id past the vocabulary.
     """
     path = Path(path)
+    if not path.exists() and (index := _of_prefix(path)) is not None:
+        path = index
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; wanted a token dataset")
     if path.is_dir() and (path / MANIFEST).exists():
         return _open_prepared(path, verify)
     if path.is_dir() and (path / UNFINISHED).exists():
         raise InputError(f"{path}: wanted a whole dataset, got an unfinished one: prepare it again")
-    if path.is_dir():
-        return _open_token_files(path, sorted(path.glob("*.bin")), vocab_size, eot)
-    if not is_token_source(path):
-        raise InputError(f"{path}: wanted a .bin token file or a folder, got the suffix {path.suffix!r}")
-    return _open_token_files(path, [path], vocab_size, eot)
+    if not path.is_dir() and not is_token_source(path):
+        wanted = f"a token file ({', '.join(SUFFIXES)}) or a folder"
+        raise InputError(f"{path}: wanted {wanted}, got the suffix {path.suffix!r}")
+    own = vocabulary_beside(path) if vocab_size is None and eot is None else None
+    if own is None:
+        return _open_token_files(path, vocab_size or VOCAB_SIZE, EOT if eot is None else eot)
+    tokenizer = read_tokenizer(own)
+    return _open_token_files(path, tokenizer.n_vocab, tokenizer.eot, own, tokenizer.hash)
+
+
+def vocabulary_beside(path: Path) -> Path | None:
+    """The `tokenizer.json` that lies with the token files `path`, a file or a folder; None where there is none."""
+    own = (path if path.is_dir() else path.parent) / TOKENIZER
+    return own if own.exists() else None
+
+
+def vocabulary_of(path: str | Path) -> Tokenizer:
+    """The vocabulary of a prepared dataset, a folder that `cgpt data export` wrote, a run, or a `tokenizer.json`.
+
+    Raises InputError for a folder of another kind, and as `read_tokenizer` does.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_tokenizer(path)
+    if (path / MANIFEST).exists():
+        return _open_prepared(path, verify=False).tokenizer
+    wanted = None
+    if (path / CONFIG).exists():
+        try:
+            wanted = json.loads((path / CONFIG).read_bytes())["dataset"].get("vocabulary")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path / CONFIG}: wanted a run's configuration, got another file") from error
+    elif not (path / TOKENIZER).exists():
+        raise InputError(f"{path}: wanted a prepared dataset or a run, to take its vocabulary, got neither")
+    return read_tokenizer(path / TOKENIZER, wanted) if wanted or (path / TOKENIZER).exists() else gpt2()
+
+
+def _of_prefix(path: Path) -> Path | None:
+    """The index of Megatron's pair that `path` names without a suffix."""
+    index = path.with_name(path.name + ".idx") if path.name else path
+    return index if index.is_file() else None
 
 
 def read_manifest(path: Path) -> dict:
@@ -153,12 +189,6 @@ def read_manifest(path: Path) -> dict:
     manifest = read_signed_json(path)
     expect(path, "version", VERSION, manifest.get("version"))
     return manifest
-
-
-def expect(path: Path, what: str, wanted: object, got: object) -> None:
-    """Raise InputError unless `wanted` equals `got`."""
-    if wanted != got:
-        raise InputError(f"{path}: wanted {what} {wanted}, got {got}")
 
 
 def _open_prepared(folder: Path, verify: bool) -> TokenDataset:
@@ -204,9 +234,12 @@ def _verify(folder: Path, files: dict[str, dict]) -> None:
             write_atomically(folder / STAMP, json.dumps(before).encode())
 
 
-def _open_token_files(path: Path, files: list[Path], vocab_size: int, eot: int) -> TokenDataset:
+def _open_token_files(
+    path: Path, vocab_size: int, eot: int, vocabulary: Path | None = None, vocabulary_hash: str | None = None
+) -> TokenDataset:
+    files = token_files(path) if path.is_dir() else [path]
     if not files:
-        raise InputError(f"{path}: wanted a folder with {MANIFEST} or .bin token files, got neither")
+        raise InputError(f"{path}: wanted a folder with {MANIFEST} or token files ({', '.join(SUFFIXES)}), got neither")
     validation = [file for file in files if "val" in re.split(r"[^a-z]+", file.stem.lower())]
     training = [file for file in files if file not in validation]
     groups = [group for group in (training, validation) if group]
@@ -214,10 +247,13 @@ def _open_token_files(path: Path, files: list[Path], vocab_size: int, eot: int) 
     for group in groups:
         validation_start = n_tokens or None
         for file in group:
-            array = _map_token_file(file)
-            ends.append(_scan(file, array, vocab_size, eot) + n_tokens)
-            arrays.append(array)
-            n_tokens += len(array)
+            found = read_token_file(file)
+            scanned = scan(file, found.arrays, eot)
+            scanned.check(file, vocab_size)
+            own = scanned.document_ends if found.document_ends is None else found.document_ends
+            ends.append(own + n_tokens)
+            arrays += found.arrays
+            n_tokens += sum(map(len, found.arrays))
         # A document may run over from file to file, never from training to validation.
         if not len(ends[-1]) or ends[-1][-1] != n_tokens:
             ends.append(np.array([n_tokens]))
@@ -228,34 +264,6 @@ def _open_token_files(path: Path, files: list[Path], vocab_size: int, eot: int) 
         vocab_size=vocab_size,
         eot=eot,
         validation_start=validation_start,
+        vocabulary=vocabulary,
+        info=vocabulary_hash and {"vocabulary_hash": vocabulary_hash},
     )
-
-
-def _map_token_file(path: Path) -> np.ndarray:
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=3)
-    if len(header) == 3 and int(header[0]) in LLMC_FORMATS:
-        version, dtype = LLMC_FORMATS[int(header[0])]
-        expect(path, f"llm.c format {header[0]} version", version, int(header[1]))
-        offset = LLMC_HEADER_BYTES
-        wanted = offset + int(header[2]) * np.dtype(dtype).itemsize
-        expect(path, f"bytes for the {header[2]} tokens of its header:", wanted, size)
-    else:
-        offset, dtype = 0, "<u2"
-        if size % 2:
-            raise InputError(f"{path}: wanted uint16 tokens, an even number of bytes, got {size}")
-    if size <= offset:
-        raise InputError(f"{path}: wanted tokens, got an empty file")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset)
-
-
-def _scan(path: Path, array: np.ndarray, vocab_size: int, eot: int) -> np.ndarray:
-    """Ends of documents, int64, one past each EOT. Raises InputError for ids past the vocabulary."""
-    ends = [np.empty(0, dtype=np.int64)]
-    for start in range(0, len(array), SCAN_TOKENS):
-        part = array[start : start + SCAN_TOKENS]
-        if (largest := int(part.max())) >= vocab_size:
-            at = start + int(part.argmax())
-            raise InputError(f"{path}: wanted token ids under {vocab_size}, got {largest} at position {at}")
-        ends.append(np.flatnonzero(part == eot) + (start + 1))
-    return np.concatenate(ends)

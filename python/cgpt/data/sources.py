@@ -1,8 +1,8 @@
-"""Where text comes from: files, folders and built-in corpora, read as one ordered stream of documents.
+"""Where text comes from: files, folders, the hub and built-in corpora, read as one ordered stream of documents.
 
-A `.txt` file is one document, a `.jsonl` line with a `text` field is one, a Python source file is one. The
-order is fixed (sources as given, folders sorted by relative path): the stream is the same on every machine.
-Every reader is a generator over bounded chunks: a file larger than memory passes through.
+A `.txt` file is one document, a `.jsonl` line with a `text` field is one, a row of a parquet or Arrow file (tables.py)
+is one, a Python source file is one. The order is fixed (sources as given, folders sorted by relative path): the stream
+is the same on every machine. Every reader is a generator over bounded chunks: a file larger than memory passes through.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from cgpt.data.hub import PREFIX, HubCorpus, find_on_hub
+from cgpt.data.tables import TABLE_KINDS, read_table, saved_files
 from cgpt.errors import InputError
 
 BUILT_IN = ("moby-dick", "python-stdlib")
 PACKINGS = (".gz", ".xz", ".zst")
-TEXT_KINDS = (".txt", ".jsonl")
+TEXT_KINDS = (".txt", ".jsonl")  # and TABLE_KINDS, which are packed within
+TEXT_FIELD = "text"
 
 CHUNK = 1 << 20  # bytes of plain text read at once
 ZST_CHUNK = 1 << 16  # bytes of a .zst read at once: all that they inflate to comes in one piece
@@ -57,6 +60,7 @@ class Corpus:
     files: tuple[Path, ...]
     python: bool = False
     ignored: int = 0  # files of the folder whose suffix is not one of text
+    text_field: str = TEXT_FIELD
 
     @property
     def where(self) -> Path:
@@ -65,7 +69,8 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the name and every file's relative path, size and modification time."""
-        digest = hashlib.sha256(self.name.encode("utf-8", "surrogateescape"))
+        field = "" if self.text_field == TEXT_FIELD else f"\0{self.text_field}"
+        digest = hashlib.sha256((self.name + field).encode("utf-8", "surrogateescape"))
         for path in self.files:
             stat = path.stat()
             row = [str(path.relative_to(self.root)), stat.st_size, stat.st_mtime_ns]
@@ -77,12 +82,15 @@ class Corpus:
         return sum(path.stat().st_size for path in self.files)
 
 
-def find(source: str | Path) -> Corpus:
-    """The corpus behind a built-in name, a text file, or a folder of text files (searched recursively).
+def find(source: str | Path, text_field: str = TEXT_FIELD) -> Corpus | HubCorpus:
+    """The corpus behind a built-in name, a text file, a folder of text files (searched recursively), a folder that
+    Hugging Face's `save_to_disk` wrote, or `hf:NAME[:SPLIT]`.
 
-    A built-in name wins over a file of that name: `./moby-dick` means the file. Raises InputError where
-    nothing is there, the suffix is unknown, a file is empty, or a folder holds no text.
+    text_field: of JSON lines and tables. A built-in name wins over a file of that name: `./moby-dick` means the file.
+    Raises InputError where nothing is there, the suffix is unknown, a file is empty, or a folder holds no text.
     """
+    if str(source).startswith(PREFIX):
+        return find_on_hub(str(source), text_field)
     if source == "moby-dick":
         assets = Path(__file__).parent / "assets"
         return Corpus("moby-dick", assets, (assets / "moby_dick.jsonl.xz",))
@@ -94,33 +102,38 @@ def find(source: str | Path) -> Corpus:
         return Corpus("python-stdlib", root, files, python=True)
 
     path = Path(source)
-    wanted = f"{' or '.join(TEXT_KINDS)} (plain or {', '.join(PACKINGS)})"
+    wanted = f"{' or '.join(TEXT_KINDS)} (plain or {', '.join(PACKINGS)}) or {' or '.join(TABLE_KINDS)}"
     if path.is_dir():
+        if (saved := saved_files(path)) is not None:
+            return Corpus(path.resolve().name, path, saved, text_field=text_field)
         everything = _walk(path)
         files = tuple(each for each in everything if _is_text(each))
         if not files:
             raise InputError(f"{path}: wanted a folder of {wanted} files, got {len(everything)} others")
-        return Corpus(path.resolve().name, path, files, ignored=len(everything) - len(files))
+        return Corpus(path.resolve().name, path, files, ignored=len(everything) - len(files), text_field=text_field)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; wanted one, or a corpus of {', '.join(BUILT_IN)}")
     if not _is_text(path):
         raise InputError(f"{path}: wanted a {wanted} file, got the suffix {''.join(path.suffixes[-2:])!r}")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: wanted text, got an empty file")
-    return Corpus(path.name, path.parent, (path,))
+    return Corpus(path.name, path.parent, (path,), text_field=text_field)
 
 
-def read(corpus: Corpus, skipped: Counter[str]) -> Iterator[Piece]:
+def read(corpus: Corpus | HubCorpus, skipped: Counter[str]) -> Iterator[Piece]:
     """All pieces of `corpus` in order, none of them empty; what was passed over is counted in `skipped`.
 
-    Raises InputError for text that is not UTF-8 or holds NUL bytes, JSON lines without a string `text`, and
-    archives that do not unpack; OSError where a file cannot be read.
+    Raises InputError for text that is not UTF-8 or holds NUL bytes, JSON lines and rows without a string `text`, and
+    archives and tables that are damaged; OSError where a file cannot be read.
     """
+    if isinstance(corpus, HubCorpus):
+        yield from (Piece(text, True, 0) for text in corpus.texts(skipped))
+        return
     if corpus.ignored:
         skipped["files of other kinds"] += corpus.ignored
     finished = 0
     for path in corpus.files:
-        pieces = _python_file(path, skipped) if corpus.python else _text_file(path)
+        pieces = _python_file(path, skipped) if corpus.python else _text_file(path, corpus.text_field)
         for text, ends_document, consumed in pieces:
             if text:
                 yield Piece(text, ends_document, finished + consumed)
@@ -150,7 +163,8 @@ def _kind(path: Path) -> tuple[str, str]:
 
 
 def _is_text(path: Path) -> bool:
-    return _kind(path)[0] in TEXT_KINDS
+    kind, packing = _kind(path)
+    return kind in TEXT_KINDS or (kind in TABLE_KINDS and not packing)
 
 
 def _python_file(path: Path, skipped: Counter[str]) -> Iterator[Piece]:
@@ -163,11 +177,14 @@ def _python_file(path: Path, skipped: Counter[str]) -> Iterator[Piece]:
         yield Piece(text, True, path.stat().st_size)
 
 
-def _text_file(path: Path) -> Iterator[Piece]:
+def _text_file(path: Path, text_field: str) -> Iterator[Piece]:
     kind, packing = _kind(path)
+    if kind in TABLE_KINDS:
+        yield from (Piece(*row) for row in read_table(path, text_field))
+        return
     with path.open("rb") as raw:
         chunks = _unpacked(path, raw, packing)
-        for text, ends_document in _txt(path, chunks) if kind == ".txt" else _jsonl(path, chunks):
+        for text, ends_document in _txt(path, chunks) if kind == ".txt" else _jsonl(path, chunks, text_field):
             yield Piece(text, ends_document, raw.tell())
 
 
@@ -222,7 +239,7 @@ def _txt(path: Path, chunks: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
     yield held + _decoded(path, lambda rest: decoder.decode(rest, final=True), b"", offset), True
 
 
-def _jsonl(path: Path, chunks: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
+def _jsonl(path: Path, chunks: Iterable[bytes], text_field: str) -> Iterator[tuple[str, bool]]:
     offset = 0
     for number, line in enumerate(_lines(chunks), start=1):
         _refuse_nul(path, line, offset)
@@ -230,7 +247,7 @@ def _jsonl(path: Path, chunks: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
         plain = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         row = _decoded(path, bytes.decode, plain, offset)
         if row.strip():
-            yield _text_field(f"{path}:{number}", row), True
+            yield _field_of(f"{path}:{number}", row, text_field), True
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -246,18 +263,18 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(parts)
 
 
-def _text_field(where: str, row: str) -> str:
-    wanted = 'wanted a JSON object with a string field "text"'
+def _field_of(where: str, row: str, name: str) -> str:
+    wanted = f'wanted a JSON object with a string field "{name}"'
     try:
         value = json.loads(row)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: {wanted}, got no JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: {wanted}, got a JSON {type(value).__name__}")
-    if not isinstance(value.get("text"), str):
-        got = f"a {type(value['text']).__name__}" if "text" in value else f"the fields {sorted(value)[:8]}"
+    if not isinstance(value.get(name), str):
+        got = f"a {type(value[name]).__name__}" if name in value else f"the fields {sorted(value)[:8]}"
         raise InputError(f"{where}: {wanted}, got {got}")
-    text = value["text"]
+    text = value[name]
     try:
         text.encode()
     except UnicodeEncodeError as error:

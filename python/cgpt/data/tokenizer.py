@@ -54,14 +54,19 @@ class Tokenizer:
         """Ids of `text`; never `eot`, whatever the text says."""
         return self.encoding.encode_ordinary(text)
 
+    def encode_with_eot(self, text: str) -> list[int]:
+        """As `encode_ordinary`, but `<|endoftext|>` written in `text` is `eot`: for prompts of those who know it."""
+        return self.encoding.encode(text, allowed_special={EOT_TEXT}, disallowed_special=())
+
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """As `encode_ordinary`, (n,) uint32; other threads run meanwhile."""
         # `<|endoftext|>` written in a text is just text (tiktoken before 0.11 would not listen).
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, `eot` its name. KeyError past the vocabulary."""
-        return self.encoding.decode(list(ids))
+        """Text of `ids`; `eot` becomes its name, bytes that are no UTF-8 and ids past the vocabulary U+FFFD: a model
+        whose vocabulary is padded can draw those."""
+        return b"".join(map(self.decode_single_token_bytes, ids)).decode(errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """`decode`, id by id as they come: a character that spans tokens is given with its last one."""
@@ -71,8 +76,8 @@ class Tokenizer:
         yield text.decode(b"", final=True)
 
     def decode_single_token_bytes(self, token: int) -> bytes:
-        """The bytes behind one id. KeyError past the vocabulary."""
-        return self.encoding.decode_single_token_bytes(token)
+        """The bytes behind one id; U+FFFD's past the vocabulary."""
+        return self.encoding.decode_single_token_bytes(token) if token < self.n_vocab else "\ufffd".encode()
 
     def bytes_of(self, tokens: np.ndarray) -> int:
         """UTF-8 bytes that `tokens` (integers of any shape) decode to, `eot` counting as none.
@@ -119,6 +124,13 @@ def gpt2() -> Tokenizer:
         left, right = line.split(" ")
         strings.append(bytes(byte_of[char] for char in left + right))
     return Tokenizer(strings)
+
+
+def gpt2_letters() -> tuple[dict[str, int], list[list[str]]]:
+    """GPT-2's vocabulary without `<|endoftext|>` and its merges, as tokenizer.json spells them: a letter a byte."""
+    letters = {byte: letter for letter, byte in _byte_of_letter().items()}
+    ranks = {"".join(letters[byte] for byte in string): rank for rank, string in enumerate(gpt2().strings)}
+    return ranks, [line.split(" ") for line in _merge_lines()]
 
 
 def read_tokenizer(path: Path, wanted: str | None = None) -> Tokenizer:

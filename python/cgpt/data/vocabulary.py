@@ -3,8 +3,9 @@
     bytes, and again and again: the pair of neighbours that comes up most often becomes a token
 
 A small model's parameters would mostly be GPT-2's 50257 embeddings; a vocabulary of a few thousand leaves them to the
-layers. Pairs are counted within the pieces of GPT-2's pattern, over all of the text, what is held out later included.
-Equal counts go by the order of ids, so the same text in any order and on any number of threads gives the same bytes.
+layers. Pairs are counted within the pieces of GPT-2's pattern, over the text that `prepare` hands in: what training
+will see. Equal counts go by the order of ids, so the same text in any order and on any number of threads gives the same
+bytes.
 
 Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units" (arXiv 1508.07909).
 """

@@ -17,13 +17,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from cgpt.data.formats.token_file import expect
 from cgpt.data.shards import (
     DOCUMENTS,
     MANIFEST,
     STAMP,
     UNFINISHED,
     VERSION,
-    expect,
     read_manifest,
 )
 from cgpt.data.tokenizer import TOKENIZER, Tokenizer, read_tokenizer

@@ -1,1 +1,1 @@
-"""What a trained model is good for: held-out loss and text."""
+"""What a trained model is good for: held-out loss, tasks and text."""

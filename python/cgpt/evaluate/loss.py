@@ -1,16 +1,20 @@
-"""Held-out loss: mean cross-entropy in nats per token over the first windows of a split, and as bits per byte."""
+"""Held-out loss: mean cross-entropy over the first windows of a split.
+
+loss = mean of -ln p(token | those before it in its window)         nats a token
+perplexity = exp(loss)
+bits per byte = loss x tokens / (ln 2 x bytes of their text)        the same scale for every vocabulary
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import math
+import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm import tqdm
 
-from cgpt.checkpoint import open_tokenizer, open_trained
 from cgpt.data.loader import Loader, Split, train_val_split
 from cgpt.data.prepare import open_corpus
 from cgpt.data.shards import TokenDataset
@@ -19,9 +23,7 @@ from cgpt.metrics import bits_per_byte
 from cgpt.stream.executor import Batch, Executor
 
 if TYPE_CHECKING:
-    from cgpt.placing import Room
-
-MOST_BATCHES = 64  # a walk, of a model that streams: what crosses to the device serves them all
+    from cgpt.evaluate.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,20 @@ class HeldOut:
     tokens: int
     bits_per_byte: float | None
 
+    @property
+    def perplexity(self) -> float | None:
+        """None where it is past the largest double."""
+        return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else None
+
 
 def windows_within(loader: Loader, tokens: int | None) -> int:
     """How many of the loader's windows hold at most `tokens` targets: at least one, all for None."""
     return loader.n_windows if tokens is None else max(1, min(loader.n_windows, tokens // loader.seq_len))
 
 
-def held_out_loss(executor: Executor, loader: Loader, batch_size: int, max_tokens: int | None = None) -> HeldOut:
+def held_out_loss(
+    executor: Executor, loader: Loader, batch_size: int, max_tokens: int | None = None, *, progress: bool = False
+) -> HeldOut:
     """Evaluates the first windows of `loader`, `batch_size` at a time; the same windows at every call.
 
     A walk takes as many batches through a layer as the store's placement has micro-batches a visit, which changes no
@@ -48,12 +57,15 @@ def held_out_loss(executor: Executor, loader: Loader, batch_size: int, max_token
     batches = [(start, min(batch_size, n_windows - start)) for start in range(0, n_windows, batch_size)]
     at_once = executor.store.placement.micro_batches
     total = 0.0
-    for first in range(0, len(batches), at_once):
-        visit = batches[first : first + at_once]
-        losses = executor.losses([to_device(loader.batch(*span), executor.store.device) for span in visit])
-        for (_, n), loss in zip(visit, losses, strict=True):
-            total += n * loss
-    loss, tokens = total / n_windows, n_windows * loader.seq_len
+    name, tokens = loader.split.dataset.name, n_windows * loader.seq_len
+    with tqdm(total=tokens, unit=" tokens", unit_scale=True, desc=name, disable=not progress) as bar:
+        for first in range(0, len(batches), at_once):
+            visit = batches[first : first + at_once]
+            losses = executor.losses([to_device(loader.batch(*span), executor.store.device) for span in visit])
+            for (_, n), loss in zip(visit, losses, strict=True):
+                total += n * loss
+                bar.update(n * loader.seq_len)
+    loss = total / n_windows
     return HeldOut(loss, tokens, bits_per_byte(loss, tokens, loader.text_bytes(n_windows)))
 
 
@@ -65,40 +77,42 @@ def to_device(arrays, device: torch.device) -> Batch:
     return ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
-def evaluate_run(
-    run: Path,
-    data: str | None,
-    tokens: int | None,
-    batch_size: int,
-    room: Room | None = None,
-    *,
-    progress: bool = False,
-    say: Callable[[str], None] | None = None,
-) -> dict:
-    """A trained run's loss: on the held-out split of its own data, on the whole of any other.
+def open_text(reader: Reader, data: str | None, *, progress: bool = False) -> Loader:
+    """The windows to measure a trained model on: the held-out split of its own data, the whole of any other.
 
-    room, say: as for open_trained. Text is read in the run's vocabulary. Raises InputError for a run without a whole
-    checkpoint, for a model that has no place in `room`, for bad data, tokens of another vocabulary among it, and for
-    counts below 1.
+    data: as for open_corpus, None for the run's own. Text is read in the run's vocabulary; one shorter than the run's
+    sequences is one window. Raises InputError for bad data, tokens of another vocabulary among it.
     """
-    for flag, value in (("--tokens", tokens), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"{flag}: wanted at least 1, got {value}")
-    recipe, identity, _, store = open_trained(run, room, batch_size, MOST_BATCHES, say)
-    tokenizer = open_tokenizer(run, identity)
+    recipe, identity, tokenizer = reader.recipe, reader.identity, reader.tokenizer
+    if data is None and not recipe.data:
+        raise InputError(
+            f"--data: wanted text or tokens, as {reader.run} was imported and has none of its own, got none"
+        )
     dataset = open_corpus(data or recipe.data, progress=progress, tokenizer=tokenizer)
     if identity_of(dataset) == identity:
-        split, told = train_val_split(dataset, recipe.seq_len)[1], "held-out split"
-    elif data is None:
+        return Loader(train_val_split(dataset, recipe.seq_len)[1], recipe.seq_len)
+    if data is None:
         raise InputError(f"{recipe.data}: wanted the run's data, {identity}, got {identity_of(dataset)}")
-    elif dataset.tokenizer is not None and dataset.tokenizer.hash != tokenizer.hash:
+    if dataset.tokenizer is not None and dataset.tokenizer.hash != tokenizer.hash:
         wanted = f"wanted text, or tokens of the run's vocabulary of {tokenizer.n_vocab}"
         raise InputError(f"{data}: {wanted}, got tokens of another, of {dataset.vocab_size}")
-    else:
-        split, told = Split(dataset, "all", "whole", [0], [dataset.n_tokens]), "all of it"
-    with contextlib.closing(store):
-        found = held_out_loss(Executor(store), Loader(split, recipe.seq_len), batch_size, tokens)
-    return {"data": dataset.name, "split": told, **asdict(found)}
+    if dataset.n_tokens < 2:
+        raise InputError(f"{data}: wanted at least 2 tokens, got {dataset.n_tokens}")
+    whole = Split(dataset, "all", "whole", [0], [dataset.n_tokens])
+    return Loader(whole, min(recipe.seq_len, dataset.n_tokens - 1))
+
+
+def evaluate_text(reader: Reader, loader: Loader, tokens: int | None, batch_size: int, *, progress: bool) -> dict:
+    """JSON values: the model's loss on what `open_text` gave, `tokens` of it at most, and the same in other units.
+
+    Raises InputError for a loss that is not finite.
+    """
+    found = held_out_loss(reader.executor, loader, batch_size, tokens, progress=progress)
+    name = loader.split.dataset.name
+    if not math.isfinite(found.loss):
+        raise InputError(f"{reader.run}: wanted a model with a finite loss, got {found.loss} on {name}")
+    told = "all of it" if loader.split.rule == "whole" else "held-out split"
+    return {"data": name, "split": told, **asdict(found), "perplexity": found.perplexity}
 
 
 def identity_of(dataset: TokenDataset) -> dict:

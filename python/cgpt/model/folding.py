@@ -31,28 +31,28 @@ PLAIN = {
 def fold(state: Mapping[str, Tensor], config: GPTConfig) -> tuple[dict[str, Tensor], GPTConfig]:
     """(state, config) of the plain model: `state` is a GPT's state_dict, in any float type, and is not written to.
 
-    The config's factors are 1, those of the optimizer too, which fitted weights of another size. Tensors that no factor
-    touches are the ones given.
+    Tensors that no factor touches are the ones given.
     """
-    factor = {
-        "embedding": config.embedding_scale,
-        "queries": config.attention_scale / config.d_head**-0.5,
-        "branch": config.residual_scale,
-        "final": config.logits_scale / config.embedding_scale,
-    }
-    folded = {}
-    for name, value in state.items():
-        if name in ("wte.weight", "wpe.weight"):
-            folded[name] = _times(value, factor["embedding"])
-        elif name.startswith("ln_f."):
-            folded[name] = _times(value, factor["final"])
-        elif ".c_attn." in name:
-            folded[name] = _times(value, factor["queries"], config.d_model)
-        elif ".c_proj." in name:
-            folded[name] = _times(value, factor["branch"])
-        else:
-            folded[name] = value
-    return folded, replace(config, **PLAIN)
+    return {name: fold_tensor(name, value, config) for name, value in state.items()}, folded(config)
+
+
+def folded(config: GPTConfig) -> GPTConfig:
+    """The plain model's config: its factors are 1, those of the optimizer too, which fitted weights of another size."""
+    return replace(config, **PLAIN)
+
+
+def fold_tensor(name: str, value: Tensor, config: GPTConfig) -> Tensor:
+    """The plain model's parameter `name` from that of a model of this config; `value` itself where no factor touches
+    it."""
+    if name in ("wte.weight", "wpe.weight"):
+        return _times(value, config.embedding_scale)
+    if name.startswith("ln_f."):
+        return _times(value, config.logits_scale / config.embedding_scale)
+    if ".c_attn." in name:
+        return _times(value, config.attention_scale / config.d_head**-0.5, config.d_model)
+    if ".c_proj." in name:
+        return _times(value, config.residual_scale)
+    return value
 
 
 def _times(value: Tensor, factor: float, columns: int | None = None) -> Tensor:

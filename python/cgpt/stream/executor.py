@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from cgpt.stream.gradients import Gradients, Sums
 from cgpt.stream.store import Store
 
 Batch = tuple[Tensor, Tensor]  # one micro-batch: ids and targets, both (B, T) int64
+Result = TypeVar("Result")
 
 
 class Executor:
@@ -61,6 +63,17 @@ class Executor:
             return self.store.layers[-1].module.logits(x)
 
         return self._whole(lambda: _Walk(self, [(ids, ids)], [1.0], pasts=pasts).up(head)[0])
+
+    def read(self, batches: Sequence[Tensor], head: Callable[[Callable, int, Tensor], Result]) -> list[Result]:
+        """What head(the last layer's module, row, its input) makes of each of `batches`, (B, T) int64, in one walk over
+        the layers; forward only. The input is (B, T, D) activations."""
+
+        def work() -> list[Result]:
+            rows = iter(range(len(batches)))  # the head takes its turns in order
+            walk = _Walk(self, [(ids, ids) for ids in batches], [1.0] * len(batches))
+            return walk.up(lambda x: head(self.store.layers[-1].module, next(rows), x))
+
+        return self._whole(work)
 
     def gradients(self, visits: Sequence[Sequence[Batch]], loss_scale: float = 1.0) -> Gradients:
         """Loss, gradients and their norm over all micro-batches of all visits; they may differ in size.

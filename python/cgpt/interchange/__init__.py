@@ -1,0 +1,1 @@
+"""Models in other people's files: Hugging Face's checkpoints in and out, tensor by tensor."""
