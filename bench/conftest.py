@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cgpt.train import keep_large_buffers
+from cgpt.opening import keep_large_buffers
 from record import device_name, save
 
 ROWS = pytest.StashKey[dict]()  # op -> its rows

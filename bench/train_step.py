@@ -17,12 +17,12 @@ import torch
 
 from cgpt.model.init import init_parameter
 from cgpt.model.presets import PRESETS
+from cgpt.opening import keep_large_buffers
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.stream.build import build
 from cgpt.stream.executor import Executor
 from cgpt.stream.format import Format
 from cgpt.stream.optimizer import AdamW
-from cgpt.train import keep_large_buffers
 from record import save
 from twin import TwinTrainer
 

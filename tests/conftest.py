@@ -26,14 +26,14 @@ def seed():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder with a corpus, a cache of its own and the nano preset."""
-    from cgpt import train  # which needs tyro; the tests of a GPU do without
+    from cgpt import opening  # which needs tyro; the tests of a GPU do without
     from cgpt.model import presets
     from nano import NANO, write_corpus
 
     monkeypatch.setitem(presets.PRESETS, "nano", NANO)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
+    monkeypatch.setattr(opening, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
     write_corpus(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a step of nano is too small to share

@@ -14,7 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cgpt import checkpoint, train
+from cgpt import checkpoint, opening, train
 from cgpt.cli import main
 from cgpt.data.tokenizer import gpt2
 from cgpt.model.config import GPTConfig
@@ -108,18 +108,18 @@ def serve() -> None:
 def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | float | None) -> int:
     weights, state = HOMES[where]
     placement = Placement(weights, state, tuple(home != "device" for home in weights), aside=aside)
-    build = train.build
-    train.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
-    check = train.check_machine
-    train.check_machine = lambda format, device, where, _: check(format, device, where, os.getcwd())
-    place_run = train.place_run
+    build = opening.build
+    opening.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
+    check = opening.check_machine
+    opening.check_machine = lambda format, device, where, _: check(format, device, where, os.getcwd())
+    place_run = opening.place_run
 
     def placed(recipe: Recipe) -> Placed:
         found, tokens = place_run(recipe), recipe.micro_batch_size * recipe.seq_len
         taken = account(gpt_plans(recipe.shape), placement, recipe.format, tokens, recipe.shape.d_model)
         return replace(found, placement=placement, account=taken)
 
-    train.place_run = placed
+    opening.place_run = placed
     train.sample, train.plot_loss = lambda run: "none", lambda folder, *_: folder  # of no concern, and slow
     passed = []
 

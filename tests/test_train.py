@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cgpt import checkpoint, placing, train
+from cgpt import checkpoint, opening, placing, train
 from cgpt.errors import InputError
 from cgpt.metrics import read
 from cgpt.recipe import TrainConfig
@@ -128,7 +128,7 @@ def test_a_finished_run_resumed_changes_nothing_and_may_go_further(here):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(here, monkeypatch):
-    gradients = train.Executor.gradients
+    gradients = opening.Executor.gradients
 
     def poisoned(self, visits, loss_scale=1.0):
         found = gradients(self, visits, loss_scale)
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(here, m
         return found
 
     poisoned.calls = 0
-    monkeypatch.setattr(train.Executor, "gradients", poisoned)
+    monkeypatch.setattr(opening.Executor, "gradients", poisoned)
     with pytest.raises(InputError, match=r"loss: wanted a finite number, got nan at step 5 .*step-00000003"):
         train.train(nano())
     run = here / "runs" / "nano-corpus"
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(here, m
 
 
 def test_an_overflowing_step_is_skipped_counted_and_shown(here, monkeypatch, capsys):
-    gradients = train.Executor.gradients
+    gradients = opening.Executor.gradients
 
     def overflowing(self, visits, loss_scale=1.0):
         found = gradients(self, visits, loss_scale)
@@ -157,7 +157,7 @@ def test_an_overflowing_step_is_skipped_counted_and_shown(here, monkeypatch, cap
         return found
 
     overflowing.scales = []
-    monkeypatch.setattr(train.Executor, "gradients", overflowing)
+    monkeypatch.setattr(opening.Executor, "gradients", overflowing)
     summary = train.train(nano(precision="fp16", steps=2))
     assert overflowing.scales[1] == overflowing.scales[0] / 2
     rows = read(here / "runs" / "nano-corpus")

@@ -14,8 +14,8 @@ from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
 from cgpt.experiments.matrix import Cell, Outcome, run_matrix
 from cgpt.experiments.sweep import Grid
 from cgpt.files import write_atomically
+from cgpt.opening import job_of
 from cgpt.pictures import check_plot
-from cgpt.train import job_of
 
 
 def run_coord_check(command: CoordCheck) -> None:

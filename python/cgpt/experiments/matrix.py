@@ -18,8 +18,9 @@ from typing import Any
 from cgpt.console import clock
 from cgpt.errors import Diverged, InputError
 from cgpt.files import lock_folder
+from cgpt.opening import Job
 from cgpt.recipe import CONFIG, Recipe, read_config
-from cgpt.train import Job, train_job
+from cgpt.train import train_job
 
 RESULTS = "results.jsonl"
 
