@@ -38,7 +38,7 @@ class Generate(Read):
     max_tokens: int = 128
     """Tokens to add, at most."""
     stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT...", help_behavior_hint="")] = ()
-    """End before the first of these."""
+    """End before the first of these; in bash a line's end is $'\\n'."""
     num_samples: int = 1
     """Texts of each prompt, each with draws of its own."""
     temperature: float = 0.8

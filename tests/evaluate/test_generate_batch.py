@@ -218,6 +218,8 @@ def test_the_cache_is_no_larger_than_asked(model, monkeypatch):
 
 def test_memory_that_is_not_there_is_refused_with_both_numbers(model, monkeypatch):
     monkeypatch.setattr(module, "limits", lambda: Limits({"free memory": 2 * 2 * 3 * 24 * 32 * 4 - 1}))
+    assert len(list(generate_batch(model, [[1] * 20] * 3, 1))) == 3  # a few bytes are not asked for
+    monkeypatch.setattr(module, "SMALL", 0)
     growing = generate_batch(model, [[1] * 20] * 3, 10)
     with pytest.raises(InputError, match=r"keys and values of 3 texts of 24 tokens want 36\.00 KiB, got 35\.99 KiB"):
         next(growing)

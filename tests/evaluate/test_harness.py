@@ -19,7 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from cgpt.errors import InputError
+from cgpt.evaluate.generate import Text
 from cgpt.evaluate.harness import RunLM
+from cgpt.evaluate.sampling import Draw
 from cgpt.evaluate.tasks import RESAMPLES, evaluate_tasks, open_tasks
 
 NAMES = ["choice", "last", "rolling", "until"]
@@ -213,22 +215,41 @@ def test_generated_text_is_hflms(reader, theirs, until):
     assert len({*wanted}) > 2
 
 
-def test_a_text_ends_where_the_model_ends_it(reader):
-    eot, draws = reader.tokenizer.eot, []
+def test_texts_end_where_the_model_ends_them_and_draws_are_asked_for(reader, monkeypatch):
+    eot, asked = reader.tokenizer.eot, []
+    words = reader.tokenizer.encode_ordinary(" the whale")
 
-    def ends(model, ids, count, **options):
-        draws.append((ids, count, options))
-        yield from reader.tokenizer.encode_ordinary(" the whale")
+    def ends(model, prompts, count, draw, end, walk, at_once, context):
+        asked.append((prompts, count, draw, end, walk, at_once, context))
+        for place in reversed(range(len(prompts))):
+            text = Text(place, 0, [*prompts[place]], len(prompts[place]))
+            for word in words:
+                text.ids.append(word)
+                yield text
+                if text.reason:
+                    break
+            else:
+                text.end("eot")
+                yield text
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cgpt.evaluate.harness.generate", ends)
-        settings = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": "7"}
-        assert RunLM(reader).generate_until(requests("generate_until", ("", settings))) == [" the whale"]
-        assert RunLM(reader).generate_until(requests("generate_until", (" sea" * 99, {"until": "wh"}))) == [" the "]
-    sampled = {"temperature": 0.5, "top_p": 0.9, "seed": 0, "eot": eot, "walk": None}
-    assert draws[0] == ([eot], 7, sampled)
-    assert draws[1][:2] == (reader.tokenizer.encode_ordinary(" sea" * 99)[-SEQ_LEN // 2 :], SEQ_LEN // 2)
-    assert draws[1][2]["temperature"] == 0
+    monkeypatch.setattr("cgpt.evaluate.harness.generate_batch", ends)
+    settings = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": "7"}
+    lm = RunLM(reader, 4)
+    assert lm.generate_until(requests("generate_until", ("", settings), ("", settings))) == [" the whale"] * 2
+    assert lm.generate_until(requests("generate_until", (" sea" * 99, {"until": "wh"}), ("a", {}))) == [
+        " the ",
+        " the whale",
+    ]
+    assert [each[0] for each in asked[:2]] == [[[eot]], [[eot]]]
+    assert [each[2] for each in asked[:2]] == [Draw(0.5, top_p=0.9, seed=0), Draw(0.5, top_p=0.9, seed=1)]
+    assert asked[0][1] == 7
+    (prompts, *numbers) = asked[2]
+    assert prompts == [
+        reader.tokenizer.encode_ordinary(" sea" * 99)[-SEQ_LEN // 2 :],
+        reader.tokenizer.encode_ordinary("a"),
+    ]
+    assert numbers == [SEQ_LEN // 2, Draw(0.0), eot, None, 4, SEQ_LEN]
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize(

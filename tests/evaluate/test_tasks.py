@@ -110,6 +110,17 @@ def test_what_is_not_there_or_there_twice_is_named(tmp_path):
         open_tasks([str(one), str(two)])
 
 
+def test_a_folder_is_taken_whole_or_not_at_all(tmp_path):
+    write_task(tmp_path, "good", CHOICE, ROWS)
+    (tmp_path / "_shared.yaml").write_text("output_type: multiple_choice\n")
+    assert list(open_tasks([f"{tmp_path}/"]).tasks) == ["good"]
+    (tmp_path / "nested").mkdir()
+    for body in ("task: bad\n  output_type: [", "task: good\n"):
+        (tmp_path / "nested" / "more.yaml").write_text(body)
+        with pytest.raises(InputError, match=r"more.yaml: wanted a task, got YAML that cannot be read or a name"):
+            open_tasks([f"{tmp_path}/"])
+
+
 def test_no_network_is_said_with_the_way_out(tmp_path, monkeypatch):
     def unreachable(self, names):
         raise ConnectionError("Couldn't reach 'Rowan/hellaswag'\non the Hub")

@@ -11,17 +11,23 @@ from cgpt.evaluate.flags import Eval
 from cgpt.evaluate.loss import evaluate_text, open_text
 from cgpt.evaluate.reader import Reader, open_reader
 from cgpt.files import write_atomically
+from cgpt.model.cache import cache_bytes
 from cgpt.recipe import read_config
+from cgpt.stream.format import Format
 
 
 def run_eval(command: Eval, bar: bool, say: Callable[[str], None]) -> None:
     """Everything that is asked for is opened before the first of it is measured. bar: whether progress is drawn; say:
     told where the layers live. Raises InputError."""
     command.check()
-    read_config(command.run)  # a run that is not there is said before lm_eval takes its seconds
+    recipe, _ = read_config(command.run)  # a run that is not there is said before lm_eval takes its seconds
     names = command.task_names
     tasks = _lm_eval().open_tasks(names, command.num_fewshot, progress=bar) if names else None
-    with open_reader(command.run, command.room(), command.batch_size, command.precision, say) as reader:
+    cache = 0
+    if tasks is not None and tasks.generate:
+        width = Format(command.precision or recipe.precision).working
+        cache = cache_bytes(recipe.shape, command.batch_size, recipe.seq_len, width)
+    with open_reader(command.run, command.room(), command.batch_size, command.precision, say, cache) as reader:
         wanted = command.data or ((None,) if not names else ())
         texts = [open_text(reader, data, progress=bar) for data in wanted]
         found = {"run": str(command.run), "step": reader.step, "precision": reader.recipe.precision}

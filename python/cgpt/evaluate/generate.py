@@ -30,6 +30,7 @@ from cgpt.stream.executor import Executor
 from cgpt.stream.limits import bytes_text, limits
 
 AT_ONCE = 8  # prompts that grow together
+SMALL = 64 << 20  # bytes; a sample after training is not refused for memory that rules can still find
 
 
 @dataclass(eq=False)
@@ -103,8 +104,8 @@ def generate_batch(
     """
     draw = draw or Draw()
     context = model.config.seq_len if context is None else context
-    _check(model.config, prompts, max_tokens, at_once, samples, context)
     prompts = [list(map(index, ids)) for ids in prompts]
+    _check(model.config, prompts, max_tokens, at_once, samples, context)
     texts = (
         Text(prompt, sample, list(ids), len(ids)) for prompt, ids in enumerate(prompts) for sample in range(samples)
     )
@@ -131,7 +132,7 @@ def _check(
 ) -> None:
     vocab_size = config.vocab_size
     for ids in prompts:
-        if not len(ids):
+        if not ids:
             raise InputError("generate: the prompt must be at least one token, got none")
         wrong = [i for i in ids if not 0 <= i < vocab_size]
         if wrong:
@@ -226,7 +227,7 @@ class _Reader:
         wanted = cache_bytes(config, self.slots, self.capacity, dtype.itemsize)
         left = limits().host if self.device.type == "cpu" else None
         try:
-            if left is None or wanted <= left:
+            if left is None or wanted <= max(left, SMALL):
                 return Cache(config, self.slots, self.capacity, dtype, self.device)
         except torch.OutOfMemoryError:
             left = torch.cuda.mem_get_info(self.device)[0]

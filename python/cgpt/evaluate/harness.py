@@ -16,24 +16,27 @@ Importing this file imports lm_eval (0.4.13), which takes seconds.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from cgpt.data.tokenizer import EOT_TEXT
 from cgpt.errors import InputError
-from cgpt.evaluate.generate import generate
+from cgpt.evaluate.generate import generate_batch
 from cgpt.evaluate.likelihood import Pair, log_likelihoods
 from cgpt.evaluate.reader import Reader
+from cgpt.evaluate.sampling import Draw
 
 MOST_GENERATED = 256  # tokens, where a task does not say; HFLM's number
 COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing
 
 
 class RunLM(TemplateLM):
-    """`reader`'s model, for lm_eval's `simple_evaluate(model=...)` too. batch_size: full sequences at once.
+    """`reader`'s model, for lm_eval's `simple_evaluate(model=...)` too. batch_size: full sequences at once, and texts
+    that grow together.
 
     failed: whether a request ended in an error, which then is none of the task's making.
     """
@@ -81,12 +84,23 @@ class RunLM(TemplateLM):
         Raises InputError for settings of generation that are not known here, and for as many tokens as positions.
         """
         with self._working():
-            found = []
-            for request in tqdm(requests, desc="texts", disable=not self.progress):
-                context, settings = request.args
-                wanted = _wanted(settings, self.max_length, request.task_name)
-                with self._naming():
-                    found.append(self._text(context, wanted, seed=len(found)))
+            wanted = [_wanted(request.args[1], self.max_length, request.task_name) for request in requests]
+            repeats: Counter = Counter()
+            together: dict[tuple[int, Draw], list[int]] = {}
+            for place, (request, each) in enumerate(zip(requests, wanted, strict=True)):
+                draw = each.draw
+                if draw.temperature:  # a prompt that is asked again is to be answered anew
+                    draw = replace(draw, seed=repeats[request.args[0], each.count, draw])
+                    repeats[request.args[0], each.count, each.draw] += 1
+                together.setdefault((each.count, draw), []).append(place)
+            found = [""] * len(requests)
+            with tqdm(total=len(requests), unit=" texts", desc="generation", disable=not self.progress) as bar:
+                for (count, draw), places in together.items():
+                    prompts = [(requests[place].args[0], wanted[place].until) for place in places]
+                    with self._naming():
+                        for index, text in self._texts(prompts, count, draw):
+                            found[places[index]] = text
+                            bar.update()
         return self._kept("generate_until", requests, found)
 
     def _encode_pair(self, context: str, continuation: str) -> Pair:
@@ -105,20 +119,20 @@ class RunLM(TemplateLM):
             answers = log_likelihoods(reader.executor, *sizes, pairs, self.batch_size, progress=self.progress)
         return [(answer.logprob, answer.greedy) for answer in answers]
 
-    def _text(self, context: str, wanted: Wanted, seed: int) -> str:
-        reader, ids = self.reader, self.tok_encode(context) or [self.prefix_token_id]
+    def _texts(self, prompts: Sequence[tuple[str, list[str]]], count: int, draw: Draw) -> Iterator[tuple[int, str]]:
+        """What follows each (text, its stop strings), with its place, in the order in which they end."""
+        reader = self.reader
         walk = reader.executor if reader.store.placement.streams else None
-        stops, found, text = [*wanted.until, EOT_TEXT], [], ""
-        kept = ids[-(self.max_length - wanted.count) :]
-        options = wanted.sampling | {"seed": seed, "eot": self.eot_token_id, "walk": walk}
-        for token in generate(reader.model, kept, wanted.count, **options):
-            found.append(token)
-            text = reader.tokenizer.decode(found)
-            if any(stop in text for stop in stops):
-                break
-        for stop in stops:
-            text = text.split(stop)[0]
-        return text
+        ids = [(self.tok_encode(text) or [self.prefix_token_id])[-(self.max_length - count) :] for text, _ in prompts]
+        numbers = count, draw, self.eot_token_id, walk, self.batch_size
+        for text in generate_batch(reader.model, ids, *numbers, context=self.max_length):
+            said, stops = reader.tokenizer.decode(text.tokens), [*prompts[text.prompt][1], EOT_TEXT]
+            if any(stop in said for stop in stops):
+                text.end("stop")
+            if text.reason is not None:
+                for stop in stops:
+                    said = said.split(stop)[0]
+                yield text.prompt, said
 
     def _kept(self, kind: str, requests, answers: list) -> list:
         """`answers`, noted in lm_eval's cache where its caller has one."""
@@ -145,11 +159,11 @@ class RunLM(TemplateLM):
 
 @dataclass(frozen=True)
 class Wanted:
-    """until: stop strings. count: tokens at most. sampling: `generate`'s temperature, top_k and top_p."""
+    """until: stop strings. count: tokens at most."""
 
     until: list[str]
     count: int
-    sampling: dict
+    draw: Draw
 
 
 def _wanted(settings: Mapping, seq_len: int, task: str | None) -> Wanted:
@@ -169,4 +183,4 @@ def _wanted(settings: Mapping, seq_len: int, task: str | None) -> Wanted:
     if not 0 < count < seq_len:
         raise InputError(f"{where}: wanted {COUNTS[0]} of 1 to {seq_len - 1}, under the run's seq_len, got {count}")
     until = [until] if isinstance(until, str) else list(until)
-    return Wanted([stop for stop in until if stop], count, sampling)
+    return Wanted([stop for stop in until if stop], count, Draw(**sampling))

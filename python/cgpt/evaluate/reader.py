@@ -45,23 +45,31 @@ def open_reader(
     batch_size: int = 1,
     precision: str | None = None,
     say: Callable[[str], None] | None = None,
+    cache: int = 0,
 ) -> Iterator[Reader]:
     """The run's newest whole checkpoint, read for forwards of `batch_size` full sequences; closed at the end.
 
-    room, precision, say: as for `open_newest`, which says what it raises too. A run that is being trained may remove
-    the checkpoint while it is read: then the newer one is.
+    room, precision, say, cache: as for `open_newest`, which says what it raises too. A run that is being trained may
+    remove the checkpoint while it is read: then the newer one is.
     """
-    recipe, identity, model, store, manifest = _open(run, room, batch_size, precision, say)
+    recipe, identity, model, store, manifest = _open(run, room, batch_size, precision, say, cache)
     with contextlib.closing(store):
         tokenizer = open_tokenizer(run, identity)
         yield Reader(run, recipe, identity, tokenizer, model, store, Executor(store), manifest["step"])
 
 
-def _open(run: Path, room: Room | None, batch_size: int, precision: str | None, say: Callable[[str], None] | None):
+def _open(
+    run: Path,
+    room: Room | None,
+    batch_size: int,
+    precision: str | None,
+    say: Callable[[str], None] | None,
+    cache: int,
+):
     for attempt in range(ATTEMPTS):
         newest = steps(run / CHECKPOINTS)[:1]
         try:
-            return open_newest(run, room, batch_size, MOST_BATCHES, say, precision)
+            return open_newest(run, room, batch_size, MOST_BATCHES, say, precision, cache)
         except (InputError, FileNotFoundError):
             if attempt + 1 == ATTEMPTS or steps(run / CHECKPOINTS)[:1] == newest:
                 raise

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,11 @@ class Tasks:
     groups: dict = field(default_factory=dict)
     group_map: dict = field(default_factory=dict)
     origin: dict = field(default_factory=dict)
+
+    @property
+    def generate(self) -> bool:
+        """Whether one of them wants text, which takes a cache of keys and values."""
+        return any(task.get_config("output_type") == "generate_until" for task in self.tasks.values())
 
     def add(self, spec: str, found: dict) -> None:
         for name in found["tasks"]:
@@ -143,6 +149,14 @@ def _at(path: Path, spec: str) -> tuple[TaskManager, list[str]]:
         manager = TaskManager(include_path=str(path), include_defaults=False)
         if not manager.all_subtasks:
             raise InputError(f"--tasks: wanted a folder with tasks in YAML files, got {spec}")
+        known = {entry.yaml_path for entry in manager.task_index.values()}
+        for file in sorted(
+            path.rglob("*.yaml")
+        ):  # lm_eval passes over what it cannot read and over names that are taken
+            if file not in known and re.search(r"^task:", file.read_text(encoding="utf-8", errors="replace"), re.M):
+                raise InputError(
+                    f"--tasks: {file}: wanted a task, got YAML that cannot be read or a name that is taken"
+                )
         return manager, manager.all_subtasks
     if not path.is_file():
         raise InputError(f"--tasks: {spec}: no such file")

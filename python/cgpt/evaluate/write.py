@@ -50,12 +50,12 @@ def write(
     An empty prompt starts from the end-of-text token. stop: a text ends before the first of these. show: is given the
     first text piece by piece as it comes. The other arguments are `generate_batch`'s. A KeyboardInterrupt ends all that
     grow, which are given as they are before it goes on. Raises InputError as `generate_batch` does, for an empty stop,
-    and for a model of other ids than the tokenizer's.
+    and for a model of fewer ids than the tokenizer's; more are padding, whose text is U+FFFD.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:
         raise InputError("--stop: wanted a text, got an empty one")
-    if model.config.vocab_size != tokenizer.n_vocab:
+    if model.config.vocab_size < tokenizer.n_vocab:
         wanted = f"a model of the vocabulary's {tokenizer.n_vocab} ids"
         raise InputError(f"generate: wanted {wanted}, got one of {model.config.vocab_size}")
     ids = [encode(tokenizer, prompt) for prompt in prompts]
