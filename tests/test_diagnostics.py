@@ -118,6 +118,22 @@ def test_a_native_module_that_is_damaged(package):
         assert last.endswith("`python -m cgpt_ext` says what to do")
 
 
+def test_the_trainer_says_in_one_line_that_nothing_loads(monkeypatch, capsys):
+    def raising(words):
+        def train(config):
+            raise ImportError(words)
+
+        monkeypatch.setattr("cgpt.train.train", train)
+
+    raising("cgpt_ext does not load: ModuleNotFoundError: No module named 'cgpt_ext._native'")
+    assert cli.main(["train"]) == 2
+    wanted = "cgpt: cgpt_ext does not load: ModuleNotFoundError: No module named 'cgpt_ext._native'\n"
+    assert capsys.readouterr().err == wanted
+    raising("No module named 'wandb'")
+    with pytest.raises(ImportError, match="wandb"):
+        cli.main(["train"])
+
+
 def test_a_native_module_that_lacks_a_symbol(package):
     compiler = shutil.which("gcc") or pytest.skip("no gcc")
     source = "void of_a_newer_version(void); void *PyInit__native(void) { of_a_newer_version(); return 0; }"

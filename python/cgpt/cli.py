@@ -92,6 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = where + (error.strerror or str(error))
+    except ImportError as error:  # a native module that does not load: cgpt_ext/__init__.py says what to do
+        if not str(error).startswith("cgpt_ext does not load"):
+            raise
+        message = str(error)
     except KeyboardInterrupt:
         print("cgpt: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
