@@ -26,9 +26,9 @@ import tyro
 
 from cgpt.data.flags import Data
 from cgpt.errors import InputError
-from cgpt.evaluate.flags import Eval
+from cgpt.evaluate.eval_flags import Eval
+from cgpt.evaluate.generate_flags import Generate
 from cgpt.experiments.flags import Ablate, CoordCheck, Sweep
-from cgpt.generate_flags import Generate
 from cgpt.info_flags import Info
 from cgpt.interchange.flags import Export, Import
 from cgpt.planning.flags import Plan

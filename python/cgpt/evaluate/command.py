@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from cgpt.errors import InputError
 from cgpt.evaluate import report
-from cgpt.evaluate.flags import Eval
+from cgpt.evaluate.eval_flags import Eval
 from cgpt.evaluate.loss import evaluate_text, open_text
 from cgpt.evaluate.reader import Reader, open_reader
 from cgpt.files import write_atomically

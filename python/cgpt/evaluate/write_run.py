@@ -31,7 +31,7 @@ from cgpt.recipe import read_config
 from cgpt.stream.executor import Executor
 
 if TYPE_CHECKING:
-    from cgpt.generate_flags import Generate
+    from cgpt.evaluate.generate_flags import Generate
 
 PIPE = Path("-")
 DEFAULT = "\n"  # a prompt: what a document goes on with
