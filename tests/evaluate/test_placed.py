@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cgpt import cli, placing, train
+from cgpt import cli, opening, placing, train
 from cgpt.checkpoint import open_trained
 from cgpt.errors import InputError
 from cgpt.model import presets
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
         patch.setitem(presets.PRESETS, "wide", WIDE)
         patch.setenv("XDG_CACHE_HOME", str(here / "cache"))
         patch.chdir(here)
-        patch.setattr(train, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
+        patch.setattr(opening, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
         patch.setattr(placing, "own_memory", lambda: 0)  # grows while tests run
         write_corpus(here)
         torch.set_num_threads(1)
