@@ -52,11 +52,13 @@ Group = list[Piece]  # of the same inputs
 def log_likelihoods(
     executor: Executor, seq_len: int, vocab_size: int, pairs: Sequence[Pair], batch_size: int, *, progress: bool = False
 ) -> list[Answer]:
-    """log p(continuation | context) of each pair; of an empty continuation 0 and True.
+    """log p(continuation | context) of each pair; of an empty continuation 0 and True. Equal pairs are read once.
 
     batch_size: full sequences whose tokens go through a layer at once, of shorter ones as many as make as many tokens.
     Raises ValueError for an empty context, and InputError where the model's logits are not finite.
     """
+    asked = [(tuple(context), tuple(continuation)) for context, continuation in pairs]
+    pairs = list(dict.fromkeys(asked))
     batches = list(_batches(_groups(pairs, seq_len), batch_size * seq_len))
     parts: list[dict[int, float]] = [{} for _ in pairs]
     greedy = [True] * len(pairs)
@@ -82,7 +84,9 @@ def log_likelihoods(
                     start = stop
                 bar.update(_size(batch))
     sums = [sum(value for _, value in sorted(found.items())) for found in parts]
-    return [Answer(float(logprob), flag) for logprob, flag in zip(sums, greedy, strict=True)]
+    answers = (Answer(float(logprob), flag) for logprob, flag in zip(sums, greedy, strict=True))
+    found = dict(zip(pairs, answers, strict=True))
+    return [found[pair] for pair in asked]
 
 
 def pieces(context: Sequence[int], continuation: Sequence[int], seq_len: int, owner: int = 0) -> list[Piece]:
