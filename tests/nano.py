@@ -52,7 +52,12 @@ def start(*arguments: str, cwd: Path, **options) -> subprocess.Popen:
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, __file__, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes, **options)
+    return subprocess.Popen(command, cwd=cwd, env=environment, preexec_fn=hear_interrupts, **pipes, **options)
+
+
+def hear_interrupts() -> None:
+    """In a child: a shell starts what it runs in the background, tests among it, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # embed, h.0, h.1, head: (weights, state)

@@ -24,6 +24,7 @@ from cgpt.model.parametrization import CEREBRAS, parametrize
 from cgpt.recipe import read_config, write_config
 from cgpt.stream.build import build
 from cgpt.stream.format import Format
+from nano import hear_interrupts
 
 VOCABULARY = 300
 
@@ -253,7 +254,9 @@ def test_an_interrupted_import_leaves_nothing_that_opens_and_can_be_run_again(fo
         "sys.exit(cli.main(['import', 'hf', '--out', 'run']))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, preexec_fn=hear_interrupts
+    )
     assert process.stdout.readline() == b"there\n"
     assert "got one that another process has" in said(capsys, "import", "hf", "--out", "run", code=2)
     process.send_signal(number)
