@@ -71,9 +71,16 @@ def test_a_part_that_fails_says_so_and_leaves_the_rest(monkeypatch):
 
 @pytest.fixture
 def package(tmp_path):
-    """A copy of the package without its native module, in the home of a user with a name; and no torch: 2 s less."""
+    """A copy of the package without its native module, in the home of a user with a name; and no torch: 2 s less.
+
+    An editable install's finder, which would bring the native module of the tree, is taken away.
+    """
     home = tmp_path / "home" / "ada-lovelace"
     home.mkdir(parents=True)
+    (home / "sitecustomize.py").write_text(
+        "import sys\n"
+        "sys.meta_path[:] = [x for x in sys.meta_path if not getattr(x, '__module__', '').startswith('__editable__')]\n"
+    )
     (home / "torch.py").write_text('raise OSError("libcudart.so.13: cannot open shared object file")\n')
     shutil.copytree(ROOT / "cgpt_ext", home / "cgpt_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return home / "cgpt_ext"
