@@ -126,7 +126,8 @@ def test_the_sdist_holds_what_a_build_needs_and_nothing_else(tmp_path):
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
     wanted = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
     for folder in (".build", "csrc", "cgpt_ext", "python/cgpt"):
-        wanted |= {str(path.relative_to(tree)) for path in (tree / folder).rglob("*") if path.is_file()}
+        files = [path.relative_to(tree) for path in (tree / folder).rglob("*") if path.is_file()]
+        wanted |= {str(path) for path in files if "__pycache__" not in path.parts}  # of the backend, just imported
     generated = {name for name in names if name in ("PKG-INFO", "setup.cfg") or name.startswith("cgpt_ext.egg-info/")}
     assert names - generated == wanted
 
