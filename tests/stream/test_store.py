@@ -8,7 +8,7 @@ from cgpt.model.gpt import GPT
 from cgpt.model.init import init_parameter
 from cgpt.stream.build import build
 from cgpt.stream.format import Format
-from cgpt.stream.layout import ALIGNMENT
+from cgpt.stream.layout import CHUNK
 from cgpt.stream.store import Store
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, d_head=8, d_ff=32, vocab_size=61, seq_len=8)
@@ -21,7 +21,7 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 ])  # fmt: skip
 def test_bytes_a_parameter(precision, moments, wanted):
     _, store = build(SHAPE, Format(precision, moments), "cpu")
-    padding = len(store.names()) * (ALIGNMENT - 1)
+    padding = len(store.names()) * (CHUNK - 1)
     assert store.n_parameters == SHAPE.n_params
     assert wanted * store.n_parameters <= store.lanes.taken <= wanted * (store.n_parameters + padding)
 

@@ -1,8 +1,11 @@
-"""How a layer's parameters lie in memory: side by side, those with weight decay first, each at a multiple of 128 bytes.
+"""How a layer's parameters lie in memory: side by side, those with weight decay first, each at a multiple of a chunk.
 
 A layer owns one flat buffer of each kind (working weights, low halves, moments, gradients), all laid out alike, so a
 layer is copied, read and written in one piece, and the optimizer sees two stretches of it. A parameter that two layers
 read (the tied wte: embedding and head) lies with the first of them.
+
+Of several ranks each has a shard of every layer's buffer, a stretch of as many whole chunks for each; the last may have
+fewer, or none. So what is counted by chunks (sums of squares, grad_norm.h) is the same however many ranks there are.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-ALIGNMENT = 64  # elements: 128 bytes of bf16, a multiple of every cache line and of what DMA engines like
+CHUNK = 1024  # elements: a multiple of every cache line and of what DMA engines like
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,7 +40,7 @@ class Layout:
         starts, size = [], 0
         for name in names:
             starts.append(size)
-            size += -(-math.prod(shapes[name]) // ALIGNMENT) * ALIGNMENT
+            size += -(-math.prod(shapes[name]) // CHUNK) * CHUNK
         ordered = tuple(tuple(shapes[name]) for name in names)
         return cls(tuple(names), ordered, tuple(starts), sum(len(shape) >= 2 for shape in ordered), size)
 
@@ -45,6 +48,17 @@ class Layout:
     def parameters(self) -> int:
         """Elements without padding."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+
+def shard_size(size: int, ranks: int) -> int:
+    """Elements of each rank's shard of a buffer of `size`, a multiple of CHUNK; they may reach past its end."""
+    return -(-size // (CHUNK * ranks)) * CHUNK
+
+
+def shard(size: int, rank: int, ranks: int) -> tuple[int, int]:
+    """(begin, end) of a rank's shard of a buffer of `size`; empty where the ranks before have all of it."""
+    each = shard_size(size, ranks)
+    return min(rank * each, size), min((rank + 1) * each, size)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class Placement:
     aside: how many typical layers' records the host can hold beside, for a checkpoint that is written while training
         goes on; AdamW waits for the checkpoint's disk where they do not suffice, with 0 always. None: training
         stands still while a checkpoint is written.
+    ranks: processes that share the job. Homes hold a rank's shard (layout.py) of every layer; what is on the device
+        beside, kept or for a turn, is whole. visits and micro_batches are a rank's own.
     """
 
     weights: tuple[str, ...]
@@ -35,6 +37,7 @@ class Placement:
     visits: int = 1
     boundary: int = 0
     aside: int | None = None
+    ranks: int = 1
 
     @property
     def streams(self) -> bool:
@@ -42,6 +45,7 @@ class Placement:
         return any(home != "device" for home in self.state)
 
     @classmethod
-    def resident(cls, n_layers: int) -> Placement:
-        """Everything on the device: gather and release have nothing to do."""
-        return cls(weights=("device",) * n_layers, state=("device",) * n_layers, recompute=(False,) * n_layers)
+    def resident(cls, n_layers: int, ranks: int = 1) -> Placement:
+        """Everything on the device: gather and release have nothing to do, but between ranks."""
+        device = ("device",) * n_layers
+        return cls(weights=device, state=device, recompute=(False,) * n_layers, ranks=ranks)

@@ -1,0 +1,101 @@
+"""The World of a process that torchrun has started; the only file that imports torch.distributed.
+
+    wire      default group, nccl on GPUs and gloo on CPUs: weights and gradients, by the lane of that name alone
+    talk      gloo: JSON, on the caller's thread
+    files     gloo: parts of a checkpoint, on the thread that saves
+
+A group sees its collectives in one order on every rank, which several threads could not promise to one another: hence
+a group a thread. Ranks that share one GPU exchange through host memory, for nccl wants a GPU for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cgpt.errors import InputError
+from cgpt.world import World
+
+PATIENCE = timedelta(hours=24)  # of a group; the watchdog, which can say more, ends a job that hangs long before
+
+
+def open_world(device: str = "cpu") -> World:
+    """The job that this process belongs to: torchrun's, or one of its own. Raises InputError where torchrun's
+    environment is not whole."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return World()
+    return TorchWorld(device)
+
+
+class TorchWorld(World):
+    """device: "cpu", or "cuda" with one GPU a rank of a machine, in their order; more ranks than GPUs share them."""
+
+    def __init__(self, device: str):
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise InputError(f"{missing[0]}: wanted torchrun's environment, got WORLD_SIZE without it")
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.sent = 0
+        alone = device == "cuda" and self.local_count <= torch.cuda.device_count()
+        if device == "cuda":
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        self._staged = device == "cuda" and not alone
+        dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo", timeout=PATIENCE)
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self._talk = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._files = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def all_gather(self, whole, part):
+        self.sent += part.nbytes * (self.count - 1)
+        whole, part = _bytes(whole), _bytes(part)
+        if self._staged:
+            there = torch.empty(whole.shape, dtype=torch.uint8)
+            _all_gather(there, part.cpu())
+            whole.copy_(there)
+            return
+        _all_gather(whole, part)
+
+    def exchange(
+        self, received: Tensor, sent: Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]
+    ) -> None:
+        width = sent.dtype.itemsize
+        self.sent += (sum(sent_sizes) - sent_sizes[self.rank]) * width
+        sizes = [n * width for n in received_sizes], [n * width for n in sent_sizes]
+        received, sent = _bytes(received), _bytes(sent)
+        if self._staged:
+            there = torch.empty(received.shape, dtype=torch.uint8)
+            dist.all_to_all_single(there, sent.cpu(), *sizes)
+            received.copy_(there)
+            return
+        dist.all_to_all_single(received, sent, *sizes)
+
+    def tell(self, value: Any) -> list[Any]:
+        told = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.count, dtype=torch.int64)
+        _all_gather(sizes, torch.tensor([told.numel()]), self._talk)
+        longest = int(sizes.max())
+        rows = torch.zeros(self.count, longest, dtype=torch.uint8)
+        _all_gather(rows.view(-1), torch.nn.functional.pad(told, (0, longest - told.numel())), self._talk)
+        return [json.loads(bytes(row[:size].numpy())) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The same memory as a dtype that every back end moves."""
+    return x.view(torch.uint8)
+
+
+def _all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 gave it the first name
+    gather(whole, part, group=group)
