@@ -30,7 +30,7 @@ BLOCK = 4096  # of a disk: offsets, lengths and addresses of direct access are m
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of each arena and of its parts; slot, exchange, staging, fetching and saving are one buffer of each kind."""
+    """Bytes of each arena and of its parts; slot, exchange, staging, fetching, saving: of one buffer of each kind."""
 
     records_device: int
     kept: int
