@@ -38,6 +38,7 @@ from cgpt.recipe import (
     write_config,
 )
 from cgpt.saving import Checkpoints
+from cgpt.sharing import Together
 from cgpt.stream.build import build, check_device
 from cgpt.stream.devices import open_device
 from cgpt.stream.executor import Executor
@@ -139,7 +140,7 @@ def open_run(job: Job) -> Run:
         parts = model, store, Executor(store), optimizer, lock, lanes, checkpoints, job.tracked
         run = Run(recipe, folder, dataset, loader, held_out, *parts)
         if start is not None:
-            start_from(start, folder, recipe, optimizer.state())
+            start_from(start, folder, recipe, optimizer.state(), store.world)
         if resumed or start is not None:
             go_on(run)
         if run.checkpoints.newest is None:
@@ -162,20 +163,33 @@ def open_run(job: Job) -> Run:
 
 
 def go_on(run: Run) -> None:
-    """Takes the run to its newest whole checkpoint, saying which were skipped; to step 0 if there is none at all."""
-    folder = run.folder / checkpoint.CHECKPOINTS
-    checkpoint.remove_partial(folder)
-    if not checkpoint.steps(folder) and run.recipe.init is None:
+    """Takes the run to its newest whole checkpoint, saying which were skipped; to step 0 if there is none at all.
+
+    Rank 0 looks for it, for all.
+    """
+    with Together(run.store.world) as ranks:
+        found = ranks.meet(find_newest(run) if run.store.world.first else None)
+    if found is None:
         return
-    path, manifest, skipped = checkpoint.newest(folder)
-    for line in skipped:
-        console.say(line)
+    path, manifest = Path(found["path"]), found["manifest"]
     checkpoint.load(path, run.store, manifest)
     run.optimizer.load_state(manifest["optimizer"])
     run.step, run.samples, run.seconds = manifest["step"], manifest["samples"], manifest["seconds"]
     run.checkpoints.newest = path
     if run.step > run.recipe.steps:
         raise InputError(f"--steps: wanted at least the {run.step} that {path} has made, got {run.recipe.steps}")
+
+
+def find_newest(run: Run) -> dict | None:
+    """The path and manifest of the newest whole checkpoint, where there is any."""
+    folder = run.folder / checkpoint.CHECKPOINTS
+    checkpoint.remove_partial(folder)
+    if not checkpoint.steps(folder) and run.recipe.init is None:
+        return None
+    path, manifest, skipped = checkpoint.newest(folder)
+    for line in skipped:
+        console.say(line)
+    return {"path": str(path), "manifest": manifest}
 
 
 def implementations_on(device: str) -> dict[str, str]:
