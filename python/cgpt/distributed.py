@@ -104,13 +104,17 @@ class TorchWorld(World):
         return list(sizes) if self.first else [0] * self.count
 
     def _tell(self, value: Any, group: dist.ProcessGroup) -> list[Any]:
-        told = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        said = b"" if value is None else json.dumps(value).encode()
+        told = torch.tensor(list(said), dtype=torch.uint8)
         sizes = torch.zeros(self.count, dtype=torch.int64)
         _all_gather(sizes, torch.tensor([told.numel()]), group)
         longest = int(sizes.max())
+        if not longest:  # as most often
+            return [None] * self.count
         rows = torch.zeros(self.count, longest, dtype=torch.uint8)
         _all_gather(rows.view(-1), torch.nn.functional.pad(told, (0, longest - told.numel())), group)
-        return [json.loads(bytes(row[:size].numpy())) for row, size in zip(rows, sizes.tolist(), strict=True)]
+        said = [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+        return [json.loads(word) if word else None for word in said]
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -46,12 +46,12 @@ class Together:
 
     def meet(self, value: Any = None) -> Any:
         """Rank 0's `value`, JSON, once every rank has come here. Raises the error of one that has not."""
-        said = self._say({"value": value})
+        said = self._say(None if value is None else {"value": value})
         for rank, word in enumerate(said):
-            if "value" not in word:
+            if word and "value" not in word:
                 self._listening = False
                 raise _error(rank, word)
-        return said[0]["value"]
+        return said[0] and said[0]["value"]
 
     def gather(self, record: Record, name: str, part: Tensor) -> Tensor:
         """The whole of a parameter, or of a moment, from this rank's `part` (fp32, on the CPU) and the others', in its
@@ -75,7 +75,7 @@ class Together:
             with contextlib.suppress(RuntimeError):  # nobody is there: what has gone wrong here is still the reason
                 self._say(_told(error))
 
-    def _say(self, word: dict) -> list[dict]:
+    def _say(self, word: dict | None) -> list[dict | None]:
         return self._moved(self.world.meet, word)
 
     def _moved(self, move: Callable, *what: Any) -> Any:

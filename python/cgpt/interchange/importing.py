@@ -73,9 +73,7 @@ def start_from(weights: Weights, run: Path, recipe: Recipe, optimizer: dict, wor
     """
     with Together(world) as ranks:
         if world.first:
-            partial = run / (
-                checkpoint.CHECKPOINTS + ".tmp"
-            )  # a name that a run's folder may have before it is a run's
+            partial = run / f"{checkpoint.CHECKPOINTS}.tmp"  # a name that a folder may have before it is a run's
             checkpoint.save(partial, weights, 0, {**FRESH, "optimizer": optimizer, "recipe": recipe.to_dict()})
             with naming(run):
                 partial.rename(run / checkpoint.CHECKPOINTS)
