@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cgpt.stream.cores import omp_was_set, ranges, take_cores, usable_cores
+from cgpt.stream.cores import launcher, omp_was_set, ranges, take_cores, usable_cores
 
 ALL = len(os.sched_getaffinity(0))
 
@@ -168,7 +168,7 @@ def test_a_quota_is_shared_by_ranks_that_have_taken_cores(tmp_path):
 
 
 def test_threads_that_the_user_has_set_are_kept(tmp_path):
-    folder = tmp_path / f"proc/{os.getppid()}"
+    folder = tmp_path / f"proc/{launcher()}"
     folder.mkdir(parents=True)
     (folder / "environ").write_bytes(b"A=1\0OMP_NUM_THREADS=3\0")
     told, kernel = {"OMP_NUM_THREADS": "3"}, Kernel(range(4))

@@ -130,9 +130,17 @@ def omp_was_set(root: Path = Path("/"), environment: Mapping[str, str] = os.envi
     if "OMP_NUM_THREADS" not in environment:
         return False
     with contextlib.suppress(OSError):
-        began_with = (root / f"proc/{os.getppid()}/environ").read_bytes()
+        began_with = (root / f"proc/{launcher()}/environ").read_bytes()
         return any(item.startswith(b"OMP_NUM_THREADS=") for item in began_with.split(b"\0"))
     return True
+
+
+def launcher() -> int:
+    """The number of the process that is torchrun, on a rank: each is the first of a session, or a script that it was
+    started by is."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f"/proc/{os.getsid(0)}/stat").read_text().rpartition(")")[2].split()[1])
+    return os.getppid()
 
 
 def bus_of_rank(local_rank: int) -> str | None:
@@ -164,7 +172,7 @@ def _parse(text: str) -> set[int]:
 def _parents(affinity: Affinity) -> set[int]:
     """What torchrun may use, and so all its ranks together."""
     with contextlib.suppress(OSError):
-        return set(affinity(os.getppid()))
+        return set(affinity(launcher()))
     return set(affinity(0))
 
 
