@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from cgpt.agreement import together
 from cgpt.errors import InputError
 from cgpt.recipe import Recipe
 from cgpt.stream.account import Account, account, boundary_bytes
@@ -178,21 +179,8 @@ def _budgets(asked: Recipe | Room, whole: Account | None, least: int, kept: str,
     """Of each rank. whole: what everything resident takes, None where that is not sought. least: bytes of a CPU's
     stand-in for a device if that does not fit. kept: what a disk would be for."""
     world = world or World()
-    with world.together():
-        left = host = _free_host(world)
-        if asked.host_memory is not None:
-            host = asked.host_memory // world.local_count - own_memory()
-        if host > left:
-            free, got = (bytes_text(size * world.local_count) for size in (left, host))
-            raise InputError(f"--host-memory: wanted at most the {free} that are free, got {got}")
-        disk = 0
-        if asked.disk is not None:
-            folder = Path(asked.disk)
-            if not folder.is_dir():
-                raise InputError(f"--disk: wanted a folder for {kept}, got {asked.disk}")
-            disk = shutil.disk_usage(folder).free // world.local_count
-        free = 0 if asked.device == "cpu" else _free_device(world)
-    host, disk, free = map(min, zip(*world.tell((host, disk, free)), strict=True))
+    mine = together(world, lambda: _room(asked, kept, world))
+    host, disk, free = map(min, zip(*world.tell(mine), strict=True))
     if asked.device == "cpu":
         device = asked.device_memory or least
         if whole is not None and asked.device_memory is None:
@@ -201,6 +189,23 @@ def _budgets(asked: Recipe | Room, whole: Account | None, least: int, kept: str,
     spare = int(free * (1 - DEVICE_RESERVE))
     most = asked.device_memory and asked.device_memory // _sharing(world)
     return Budgets(min(free, most or spare), host, disk, asked.disk and Path(asked.disk))
+
+
+def _room(asked: Recipe | Room, kept: str, world: World) -> tuple[int, int, int]:
+    """Bytes of the host and the disk that this rank may take, and that are free on its GPU."""
+    left = host = _free_host(world)
+    if asked.host_memory is not None:
+        host = asked.host_memory // world.local_count - own_memory()
+    if host > left:
+        free, got = (bytes_text(size * world.local_count) for size in (left, host))
+        raise InputError(f"--host-memory: wanted at most the {free} that are free, got {got}")
+    disk = 0
+    if asked.disk is not None:
+        folder = Path(asked.disk)
+        if not folder.is_dir():
+            raise InputError(f"--disk: wanted a folder for {kept}, got {asked.disk}")
+        disk = shutil.disk_usage(folder).free // world.local_count
+    return host, disk, 0 if asked.device == "cpu" else _free_device(world)
 
 
 def _free_host(world: World) -> int:

@@ -51,8 +51,8 @@ def held_out_loss(
     """Evaluates the first windows of `loader`, `batch_size` at a time; the same windows at every call.
 
     A walk takes as many batches through a layer as the store's placement has micro-batches a visit, which divides what
-    crosses to the device. Ranks deal the batches out in turn, and every one of them gets the whole loss. Neither changes
-    a bit of it.
+    crosses to the device. Ranks deal the batches out in turn, and each gets the loss of all. Neither changes a bit of
+    it.
     """
     n_windows = windows_within(loader, max_tokens)
     batches = [(start, min(batch_size, n_windows - start)) for start in range(0, n_windows, batch_size)]
