@@ -24,6 +24,7 @@ from cgpt.recipe import Recipe
 from cgpt.stream.account import account
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.placement import Placement
+from cgpt.world import World
 
 NANO = Preset(
     name="nano",
@@ -119,8 +120,8 @@ def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | 
     opening.check_machine = lambda format, device, where, _: check(format, device, where, os.getcwd())
     place_run = opening.place_run
 
-    def placed(recipe: Recipe) -> Placed:
-        found, tokens = place_run(recipe), recipe.micro_batch_size * recipe.seq_len
+    def placed(recipe: Recipe, world: World) -> Placed:
+        found, tokens = place_run(recipe, world), recipe.micro_batch_size * recipe.seq_len
         taken = account(gpt_plans(recipe.shape), placement, recipe.format, tokens, recipe.shape.d_model)
         return replace(found, placement=placement, account=taken)
 

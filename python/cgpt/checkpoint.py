@@ -35,7 +35,7 @@ from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2, read_tokenizer
 from cgpt.errors import InputError
 from cgpt.files import read_signed_json, sha256_of, sync_folder, write_signed_json
 from cgpt.model.gpt import GPT
-from cgpt.sharing import Source, Together, Whole, WholeRecord
+from cgpt.sharing import Meeting, Source, Whole, WholeRecord
 from cgpt.stream.build import build, check_device
 from cgpt.stream.format import MOMENTS
 from cgpt.stream.record import Record
@@ -62,7 +62,7 @@ def save(folder: Path, source: Source, step: int, state: dict, keep: int = 2) ->
     the file (full disk, read-only folder), on all ranks: the earlier checkpoints are then untouched and nothing partial
     is left.
     """
-    with Together(source.world) as ranks:
+    with Meeting(source.world) as ranks:
         whole = Whole(source, ranks)
         if source.world.first:
             return Path(ranks.meet(str(_write(folder, whole, step, state, keep))))
@@ -231,7 +231,7 @@ def load(path: Path, store: Store, manifest: dict) -> None:
 
     Every rank of store.world calls it; rank 0 reads. Raises InputError, on all ranks, for another model's.
     """
-    with Together(store.world) as ranks:
+    with Meeting(store.world) as ranks:
         for index, layer in enumerate(store.layers):
             file = _tensors_in(path, layer.name, manifest) if store.world.first else contextlib.nullcontext()
             with file as read, store.record(index, writing=True) as record:

@@ -33,7 +33,7 @@ class Source(Protocol):
     def record(self, index: int) -> contextlib.AbstractContextManager[Record]: ...
 
 
-class Together:
+class Meeting:
     """A block of work that all ranks of `world` go through alike, on the threads that a checkpoint is for.
 
     An error of one rank is raised on all: there as it is, elsewhere, where they meet next, as an equal OSError or
@@ -67,7 +67,7 @@ class Together:
         self.meet()
         return self._moved(self.world.deal_parts, whole, _sizes(record, name))
 
-    def __enter__(self) -> Together:
+    def __enter__(self) -> Meeting:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -89,7 +89,7 @@ class Whole:
     """A source whose records are whole on rank 0, gathered tensor by tensor as they are asked for. On the other ranks,
     which must ask for the same, they are empty."""
 
-    def __init__(self, source: Source, ranks: Together):
+    def __init__(self, source: Source, ranks: Meeting):
         self._source, self._ranks = source, ranks
         self.layers = source.layers
 
@@ -102,7 +102,7 @@ class Whole:
 class WholeRecord:
     """A layer's record as far as saving asks."""
 
-    def __init__(self, record: Record, ranks: Together):
+    def __init__(self, record: Record, ranks: Meeting):
         self.layout, self.format = record.layout, record.format
         self._record, self._ranks = record, ranks
 

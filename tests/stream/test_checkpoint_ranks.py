@@ -15,7 +15,7 @@ from toy import DEPTH, Plain, batches, layers
 from cgpt import checkpoint
 from cgpt.errors import InputError
 from cgpt.saving import Checkpoints
-from cgpt.sharing import Together
+from cgpt.sharing import Meeting
 from cgpt.stream.devices import CpuDevice
 from cgpt.stream.executor import Executor
 from cgpt.stream.format import Format
@@ -68,7 +68,7 @@ class Run:
         self.checkpoints.save(self.step, {"optimizer": self.optimizer.state(), "samples": self.step * sum(SIZES)})
 
     def resume(self):
-        with Together(self.world) as ranks:
+        with Meeting(self.world) as ranks:
             path, manifest, _ = checkpoint.newest(self.folder) if self.world.first else (None, None, None)
             manifest = ranks.meet(manifest)
         checkpoint.load(path, self.store, manifest)

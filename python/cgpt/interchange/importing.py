@@ -20,10 +20,8 @@ from cgpt.files import naming, sync_folder, write_atomically
 from cgpt.interchange.folder import whole_folder
 from cgpt.interchange.weights import HuggingFaceWeights, Weights, open_weights
 from cgpt.recipe import Recipe, write_config
-from cgpt.sharing import Together
 from cgpt.starting import IMPORTED
 from cgpt.stream.format import Format
-from cgpt.world import World
 
 FRESH = {"samples": 0, "tokens": 0, "seconds": 0.0}  # of a checkpoint: nothing has been seen yet
 
@@ -65,20 +63,16 @@ def import_(path: str | os.PathLike, out: str | os.PathLike, precision: str | No
     return Imported(out, recipe.shape.n_params, recipe.precision, tokenizer.n_vocab)
 
 
-def start_from(weights: Weights, run: Path, recipe: Recipe, optimizer: dict, world: World) -> None:
+def start_from(weights: Weights, run: Path, recipe: Recipe, optimizer: dict) -> None:
     """Makes `weights` the checkpoint of step 0 of `run`, which from then on needs them no more.
 
-    optimizer: its state before the first step. Every rank of `world` calls it; rank 0 does it. Raises InputError and
-    OSError, on all ranks; the run then has no checkpoint.
+    optimizer: its state before the first step. Raises InputError and OSError; the run then has no checkpoint.
     """
-    with Together(world) as ranks:
-        if world.first:
-            partial = run / f"{checkpoint.CHECKPOINTS}.tmp"  # a name that a folder may have before it is a run's
-            checkpoint.save(partial, weights, 0, {**FRESH, "optimizer": optimizer, "recipe": recipe.to_dict()})
-            with naming(run):
-                partial.rename(run / checkpoint.CHECKPOINTS)
-            sync_folder(run)
-        ranks.meet()
+    partial = run / (checkpoint.CHECKPOINTS + ".tmp")  # a name that a run's folder may have before it is a run's
+    checkpoint.save(partial, weights, 0, {**FRESH, "optimizer": optimizer, "recipe": recipe.to_dict()})
+    with naming(run):
+        partial.rename(run / checkpoint.CHECKPOINTS)
+    sync_folder(run)
 
 
 def data_of(recipe: Recipe, start: Weights | None, run: Path, identity: dict | None, *, progress: bool) -> TokenDataset:

@@ -96,13 +96,14 @@ def picked_layers(placement: Placement) -> list[int]:
 
 
 def _picked(place: Placement, picked: list[int]) -> Placement:
-    """The places of some layers."""
+    """The places of some layers, for one rank by itself."""
     return replace(
         place,
         weights=tuple(place.weights[i] for i in picked),
         state=tuple(place.state[i] for i in picked),
         recompute=tuple(place.recompute[i] for i in picked),
         aside=None,
+        ranks=1,
     )
 
 
