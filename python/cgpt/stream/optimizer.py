@@ -155,8 +155,8 @@ class AdamW:
             masters=group.masters and [group.masters[i] for i in there],
             lows=group.lows and [group.lows[i] for i in there],
             grad_scale=scale,
-            # lists that step together must differ in it, and no parameter is in two
-            stochastic_rounding_seed=self._number[first] << 32 | self.seed & 0xFFFFFFFF if rounded else None,
+            stochastic_rounding_seed=self.seed & (1 << 63) - 1 if rounded else None,  # an int64
+            rounding_places=[(self._number[group.names[i]], 0) for i in there],
         )
 
     def state(self) -> dict:
