@@ -200,20 +200,33 @@ def open_run(job: Job) -> Run:
 
 
 def go_on(run: Run) -> None:
-    """Takes the run to its newest whole checkpoint, saying which were skipped; to step 0 if there is none at all."""
-    folder = run.folder / checkpoint.CHECKPOINTS
-    checkpoint.remove_partial(folder)
-    if not checkpoint.steps(folder) and run.recipe.init is None:
+    """Takes the run to its newest whole checkpoint, saying which were skipped; to step 0 if there is none at all.
+
+    Rank 0 looks for it, for all.
+    """
+    world = run.store.world
+    found = world.from_first(together(world, lambda: find_newest(run) if world.first else None))
+    if found is None:
         return
-    path, manifest, skipped = checkpoint.newest(folder)
-    for line in skipped:
-        console.say(line)
+    path, manifest = Path(found["path"]), found["manifest"]
     checkpoint.load(path, run.store, manifest)
     run.optimizer.load_state(manifest["optimizer"])
     run.step, run.samples, run.seconds = manifest["step"], manifest["samples"], manifest["seconds"]
     run.checkpoints.newest = path
     if run.step > run.recipe.steps:
         raise InputError(f"--steps: wanted at least the {run.step} that {path} has made, got {run.recipe.steps}")
+
+
+def find_newest(run: Run) -> dict | None:
+    """The path and manifest of the newest whole checkpoint, where there is any."""
+    folder = run.folder / checkpoint.CHECKPOINTS
+    checkpoint.remove_partial(folder)
+    if not checkpoint.steps(folder) and run.recipe.init is None:
+        return None
+    path, manifest, skipped = checkpoint.newest(folder)
+    for line in skipped:
+        run.say(line)
+    return {"path": str(path), "manifest": manifest}
 
 
 def settle_down(world: World, device: str) -> Cores:
