@@ -35,7 +35,7 @@ from cgpt.stream.cores import usable_cores
 from cgpt.stream.timeline import Timeline
 from cgpt_ext import _native
 
-LANES = ("down", "up", "optimizer", "read", "write")
+LANES = ("down", "up", "wire", "optimizer", "read", "write")
 ALIGNMENT = 128  # bytes
 LONGEST_DELAY = 0.002  # seconds; hunting
 LONGEST_EXIT = 10.0  # seconds that the interpreter, ending, gives to work in progress
