@@ -24,7 +24,7 @@ from cgpt.stream.placement import Placement
 SHAPE = GPTConfig(n_layer=12, n_head=2, d_model=32, d_head=16, d_ff=128, vocab_size=64, seq_len=128)
 PLANS, COUNT, TIME = gpt_plans(SHAPE), SHAPE.n_layer + 2, 128
 EVEN = Rates(flops=1e9, down=1e6, up=1e6, memory=2e7, read=1e12, write=1e12)
-PADDED = sum(plan.owned.size for plan in PLANS) / sum(plan.owned.parameters for plan in PLANS)  # vectors of 32 in chunks
+PADDED = sum(plan.owned.size for plan in PLANS) / sum(plan.owned.parameters for plan in PLANS)
 
 
 def for_padded(rates):
