@@ -44,7 +44,7 @@ from cgpt.stream.placement import Placement
 LANES = ("compute", "down", "up", "wire", "optimizer", "read", "write")
 STEPS = 3  # until the virtual clock has settled
 VISITS = 3  # simulated: the first, one for all in the middle, the last
-ROWS = 8  # simulated: of a visit's micro-batches where ranks exchange each one's gradients; more go in groups
+ROWS = 4  # simulated: of a visit's micro-batches where ranks exchange each one's gradients; more go in groups
 BOUND = 0.02  # of a step: arithmetic that waits less than this is what binds
 
 When = tuple[float, str]  # when something is done, and the lane that it waited for last
@@ -101,19 +101,26 @@ class Forecast:
 class Work:
     """A step's work beside the placement. tokens: of a step, of all ranks. width: of activations between layers.
     attention: FLOPs a token of a block's forward beside 2 P. device_memory: bytes/s, for AdamW on the device; None: it
-    takes no time. micro_batches: of a step, of all ranks; None: as many as the placement has room for."""
+    takes no time. micro_batch_tokens: None where the placement's visits and micro-batches are all full."""
 
     format: Format
     tokens: float
     width: int
     attention: float = 0.0
     device_memory: float | None = None
-    micro_batches: int | None = None
+    micro_batch_tokens: float | None = None
 
 
 def forecast(plans: Sequence[LayerPlan], placement: Placement, rates: Rates, work: Work) -> Forecast:
     """One step in its steady state: simulated, but for visits in the middle, which are alike."""
     return _Walk(plans, placement, rates, work).forecast()
+
+
+def arithmetic_seconds(plans: Sequence[LayerPlan], placement: Placement, rates: Rates, work: Work) -> float:
+    """Of a step: what no forecast is below, and known at once."""
+    walk = _Walk(plans, placement, rates, work)
+    flops = sum(walk.arithmetic(index, backward) for index in range(walk.head) for backward in (False, True))
+    return placement.visits * (flops + walk.arithmetic(walk.head, False)) / rates.flops
 
 
 def exposed_optimizer(plans: Sequence[LayerPlan], placement: Placement, rates: Rates, work: Work) -> float:
@@ -148,10 +155,11 @@ class _Walk:
     def __init__(self, plans: Sequence[LayerPlan], placement: Placement, rates: Rates, work: Work):
         self.plans, self.place, self.rates, self.work = plans, placement, rates, work
         self.ranks = placement.ranks
-        asked = work.micro_batches or placement.visits * placement.micro_batches * self.ranks
-        rounds = -(-asked // self.ranks)
-        self.rows = rounds / placement.visits
-        self.tokens = work.tokens / placement.visits * (rounds / asked)  # of a visit of this rank
+        rounds, tokens = placement.visits * placement.micro_batches, work.tokens / self.ranks
+        if work.micro_batch_tokens is not None:
+            rounds = math.ceil(math.ceil(work.tokens / work.micro_batch_tokens) / self.ranks)
+            tokens = min(work.tokens, rounds * work.micro_batch_tokens)
+        self.rows, self.tokens = rounds / placement.visits, tokens / placement.visits  # of this rank, a visit
         self.visits = min(placement.visits, VISITS)
         self.working, self.record, self.traffic = work.format.working, work.format.record, work.format.traffic
         self.owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
