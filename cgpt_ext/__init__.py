@@ -19,7 +19,7 @@ try:
     from cgpt_ext.ops.cross_entropy import cross_entropy, cross_entropy_ref
     from cgpt_ext.ops.embedding import embedding, embedding_ref
     from cgpt_ext.ops.gelu_mlp import gelu_mlp, gelu_mlp_ref
-    from cgpt_ext.ops.grad_norm import grad_norm, grad_norm_ref
+    from cgpt_ext.ops.grad_norm import grad_norm, grad_norm_ref, grad_square_sums
     from cgpt_ext.ops.layer_norm import layer_norm, layer_norm_ref
     from cgpt_ext.ops.rotary import rotary, rotary_ref
 except Exception as error:
@@ -40,6 +40,7 @@ __all__ = [
     "gelu_mlp_ref",
     "grad_norm",
     "grad_norm_ref",
+    "grad_square_sums",
     "join_master",
     "layer_norm",
     "layer_norm_ref",

@@ -1,14 +1,16 @@
 // grad_norm: the L2 norm of all elements of a list of tensors, as one fp32 number.
+// grad_square_sums: the sums of squares of their chunks, for a norm whose tensors lie on several ranks, in pieces.
 //
 //   norm = sqrt(sum over tensors and elements of grad^2)
 //
 // Squares of fp32 are exact in double, so only the sums round: 32 running sums a chunk (element i goes to sum i % 32),
 // added in a fixed tree; then 256 running sums of the chunks (chunk i goes to sum i % 256), added in such a tree. A
-// tree adds the upper half onto the lower until one is left. The bits depend on the list alone: not on the threads, not
-// on the instruction set, not on the device. In double nothing an fp32 can hold overflows.
+// tree adds the upper half onto the lower until one is left. A chunk is so many consecutive elements of one tensor, the
+// last one what is left: a tensor cut at multiples of the chunk has the whole one's sums. The bits depend on the list
+// and the chunk alone: not on the threads, not on the instruction set, not on the device. In double nothing an fp32 can
+// hold overflows.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -16,10 +18,11 @@
 
 namespace cgpt {
 
-inline constexpr int64_t kGradNormChunk = 1 << 15;
+inline constexpr int64_t kGradNormChunk = 1 << 15;         // of grad_norm
+inline constexpr int64_t kGradNormLongestChunk = 1 << 30;  // an index within one is an int
 inline constexpr int kGradNormSums = 32, kGradNormTotals = 256;
 
-inline constexpr int64_t grad_norm_chunks(int64_t numel) { return (numel + kGradNormChunk - 1) / kGradNormChunk; }
+inline constexpr int64_t grad_norm_chunks(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
 
 struct GradNormTensor {
     const void* data;
@@ -30,13 +33,16 @@ struct GradNormTensor {
 struct GradNormArgs {
     const GradNormTensor* tensors;
     int64_t count;
-    float* norm;
-    double* workspace;  // one a chunk; CUDA only
+    int64_t chunk;  // elements
+    double* sums;   // one a chunk
+    float* norm;    // or null: the sums are all that is wanted
 };
 
-void grad_norm(const std::vector<View>& grads, const View& norm, const std::optional<View>& workspace);
+// workspace: what grad_square_sums would give for kGradNormChunk.
+void grad_norm(const std::vector<View>& grads, const View& norm, const View& workspace);
+void grad_square_sums(const std::vector<View>& grads, const View& sums, int64_t chunk);
 
-// How many doubles grad_norm's workspace must hold: 0 on a CPU, which needs none.
+// How many doubles grad_norm's workspace must hold.
 int64_t grad_norm_workspace(const std::vector<View>& grads);
 
 #if defined(CGPT_CUDA)

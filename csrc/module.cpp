@@ -61,8 +61,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("split_master", &split_master, nogil);
     m.def("join_master", &join_master, nogil);
     m.def("grad_norm", &grad_norm, nogil);
-    m.def("attention_check", &attention_check, nogil);
     m.def("grad_norm_workspace", &grad_norm_workspace, nogil);
+    m.def("grad_square_sums", &grad_square_sums, nogil);
+    m.def("attention_check", &attention_check, nogil);
     m.def("attention_fwd", &attention_fwd, nogil);
     m.def("attention_bwd", &attention_bwd, nogil);
     m.def("embedding_fwd", &embedding_fwd, nogil);

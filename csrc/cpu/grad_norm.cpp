@@ -1,6 +1,7 @@
-// The global gradient norm on the CPU. grad_norm.h states the order of the sums.
+// The global gradient norm, or its chunks' sums, on the CPU. grad_norm.h states the order of the sums.
 #include "../grad_norm.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -10,7 +11,7 @@
 namespace cgpt::CGPT_ISA {
 namespace {
 
-constexpr int64_t kChunk = kGradNormChunk;
+constexpr int64_t kTask = 1 << 15;    // elements of the chunks that a thread takes together, where they are shorter
 constexpr int kSums = kGradNormSums;  // two of the widest vectors, so that every instruction set adds in one order
 constexpr int kHalf = W / 2;
 
@@ -44,33 +45,47 @@ double folded(double* sums, int n) {
 
 template <class T>
 double sum_of_squares(const T* x, int64_t n) {
-    vd sums[kSums / kHalf] = {};
+    constexpr int kVectors = kSums / kHalf;
+    vd sums[kVectors] = {};
     int64_t i = 0;
     for (; i + kSums <= n; i += kSums)
         for (int lane = 0; lane < kSums; lane += W) add_squares(sums + lane / kHalf, load(x + i + lane));
     for (int lane = 0; i < n; lane += W, i += W) add_squares(sums + lane / kHalf, load_n(x + i, n - i < W ? n - i : W));
-    double lanes[kSums];
+    for (int half = kVectors / 2; half > 0; half /= 2)  // the tree's first levels, a vector at a time
+        for (int v = 0; v < half; ++v) sums[v] += sums[v + half];
+    double lanes[kHalf];
     std::memcpy(lanes, sums, sizeof lanes);
-    return folded(lanes, kSums);
+    return folded(lanes, kHalf);
 }
 
 }  // namespace
 
 void grad_norm(const GradNormArgs& a) {
-    struct Chunk {
+    struct Task {
         int64_t tensor, begin;
+        double* sums;
     };
-    std::vector<Chunk> chunks;
-    for (int64_t t = 0; t < a.count; ++t)
-        for (int64_t begin = 0; begin < a.tensors[t].numel; begin += kChunk) chunks.push_back({t, begin});
-    std::vector<double> sums(chunks.size());
-    parallel_for(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
-        const GradNormTensor& t = a.tensors[chunks[i].tensor];
-        const int64_t begin = chunks[i].begin, n = t.numel - begin < kChunk ? t.numel - begin : kChunk;
-        CGPT_WITH_FLOAT_TYPE(t.dtype, T, sums[i] = sum_of_squares(static_cast<const T*>(t.data) + begin, n))
+    const int64_t length = std::max(kTask / a.chunk, int64_t(1)) * a.chunk;
+    std::vector<Task> tasks;
+    double* sums = a.sums;
+    for (int64_t t = 0; t < a.count; ++t) {
+        for (int64_t begin = 0; begin < a.tensors[t].numel; begin += length)
+            tasks.push_back({t, begin, sums + begin / a.chunk});
+        sums += grad_norm_chunks(a.tensors[t].numel, a.chunk);
+    }
+    parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+        const Task& task = tasks[i];
+        const GradNormTensor& t = a.tensors[task.tensor];
+        const int64_t end = std::min(task.begin + length, t.numel);
+        CGPT_WITH_FLOAT_TYPE(t.dtype, T, {
+            double* sum = task.sums;
+            for (int64_t begin = task.begin; begin < end; begin += a.chunk)
+                *sum++ = sum_of_squares(static_cast<const T*>(t.data) + begin, std::min(a.chunk, end - begin));
+        })
     });
+    if (!a.norm) return;
     double totals[kGradNormTotals] = {};
-    for (size_t i = 0; i < sums.size(); ++i) totals[i % kGradNormTotals] += sums[i];
+    for (int64_t i = 0; i < sums - a.sums; ++i) totals[i % kGradNormTotals] += a.sums[i];
     *a.norm = static_cast<float>(std::sqrt(folded(totals, kGradNormTotals)));
 }
 

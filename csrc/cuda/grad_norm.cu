@@ -1,7 +1,8 @@
-// The global gradient norm on a GPU, to the bit what the CPU gives: grad_norm.h states the order of the sums.
+// The global gradient norm, or its chunks' sums, on a GPU, to the bit what the CPU gives: grad_norm.h states the order.
 //
 // A warp a chunk: lane i adds the squares of elements i, i + 32, ... in double, which is the chunk's 32 running sums.
-// The table of tensors travels as the kernel's argument, as adamw.cu's does. A last block adds the chunks up.
+// The table of tensors travels as the kernel's argument, as adamw.cu's does. A last block adds the chunks up, for a
+// norm.
 #include <algorithm>
 
 #include "../grad_norm.h"
@@ -15,7 +16,6 @@ namespace {
 
 using namespace cuda;
 
-constexpr const char* kOp = "grad_norm";
 constexpr int kWarps = 4;  // chunks of a block
 constexpr int kTensors = 1000;
 static_assert(kGradNormSums == kWarp, "a lane is a running sum");
@@ -30,6 +30,7 @@ struct Entry {
 struct Table {
     double* sums;  // one a chunk
     int64_t chunks;
+    int chunk;  // elements of one
     int count;
     Entry entries[kTensors];
 };
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) grad_norm_chunks_kernel(const _
             high = middle;
     }
     const Entry& e = table.entries[low];
-    const int64_t begin = (chunk - e.first_chunk) * kGradNormChunk;
-    const int n = e.numel - begin < kGradNormChunk ? int(e.numel - begin) : int(kGradNormChunk);
+    const int64_t begin = (chunk - e.first_chunk) * table.chunk;
+    const int n = e.numel - begin < table.chunk ? int(e.numel - begin) : table.chunk;
     double sum;
     if (e.dtype == DType::bf16)
         sum = sum_of_squares(static_cast<const bf16*>(e.data) + begin, n);
@@ -90,10 +91,12 @@ __global__ void __launch_bounds__(kGradNormTotals)
 }  // namespace
 
 void grad_norm_cuda(const GradNormArgs& a, int device_id) {
-    const DeviceGuard guard(kOp, device_id);
+    const char* op = a.norm ? "grad_norm" : "grad_square_sums";
+    const DeviceGuard guard(op, device_id);
     void* stream = current_stream(device_id);
-    double* sums = a.workspace;
+    double* sums = a.sums;
     Table table;
+    table.chunk = static_cast<int>(a.chunk);
     for (int64_t first = 0; first < a.count; first += kTensors) {
         table.sums = sums;
         table.chunks = 0;
@@ -102,15 +105,16 @@ void grad_norm_cuda(const GradNormArgs& a, int device_id) {
             const GradNormTensor& t = a.tensors[i];
             if (t.numel == 0) continue;
             table.entries[table.count++] = {t.data, t.numel, table.chunks, t.dtype};
-            table.chunks += grad_norm_chunks(t.numel);
+            table.chunks += grad_norm_chunks(t.numel, a.chunk);
         }
         if (table.count == 0) continue;
-        launch(kOp, grad_norm_chunks_kernel, dim3(static_cast<unsigned>((table.chunks + kWarps - 1) / kWarps)),
+        launch(op, grad_norm_chunks_kernel, dim3(static_cast<unsigned>((table.chunks + kWarps - 1) / kWarps)),
                dim3(kWarp, kWarps), 0, stream, table);
         sums += table.chunks;
     }
-    const double* all = a.workspace;
-    launch(kOp, grad_norm_total_kernel, dim3(1), dim3(kGradNormTotals), kGradNormTotals * sizeof(double), stream, all,
+    if (!a.norm) return;
+    const double* all = a.sums;
+    launch(op, grad_norm_total_kernel, dim3(1), dim3(kGradNormTotals), kGradNormTotals * sizeof(double), stream, all,
            static_cast<int64_t>(sums - all), a.norm);
 }
 

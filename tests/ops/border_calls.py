@@ -172,11 +172,15 @@ def join_master():
 
 
 def grad_norm():
-    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(()), torch.zeros(0, dtype=torch.float64)]
+    return [[torch.randn(3, 5), torch.randn(8).bfloat16()], torch.zeros(()), torch.zeros(2, dtype=torch.float64)]
 
 
 def grad_norm_workspace():
     return [[torch.randn(3, 5), torch.randn(8).bfloat16()]]
+
+
+def grad_square_sums():
+    return [[torch.randn(3, 50), torch.randn(8).bfloat16()], torch.zeros(4, dtype=torch.float64), 64]
 
 
 # (native function, what makes its arguments)
@@ -208,6 +212,7 @@ CALLS = [
         gelu_mlp_product,
         grad_norm,
         grad_norm_workspace,
+        grad_square_sums,
         join_master,
         layer_norm_bwd,
         layer_norm_fwd,

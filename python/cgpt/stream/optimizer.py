@@ -18,7 +18,7 @@ import torch
 
 from cgpt.errors import Diverged
 from cgpt.stream.gradients import Gradients
-from cgpt.stream.record import Group, Record, parameter_view
+from cgpt.stream.record import Group, Record
 from cgpt.stream.store import Store, Update
 from cgpt_ext import adamw_
 
@@ -113,15 +113,14 @@ class AdamW:
     ) -> Update | None:
         """What updates a record of layer `index` when called; None where nothing of it has a gradient."""
         found = {name: gradients.by_name[name] for name in self.store.owned[index] if name in gradients.by_name}
-        if not found:
+        if not found and self.store.world.count == 1:  # of several ranks each counts a new version, though it has none
             return None
         updates, scale = self.updates, scales[self.store.placement.state[index] == "device"]
 
         def work(record: Record, beside: torch.Tensor | None) -> None:
             mine = found
             if beside is not None:
-                names = record.layout.names
-                mine = {name: parameter_view(beside, record.layout, names.index(name)) for name in found}
+                mine = {name: record.parts[name].of(beside) for name in found}
             for group in record.groups():
                 for alike in self._alike(group, mine):
                     self._update(group, alike, mine, updates, lr, scale)
