@@ -111,9 +111,7 @@ def verdict(found: Curve) -> list[str]:
     """Where it stops being linear, for want of what; and what else binds on the way."""
     last, bent = found.linear_until, found.bent
     if bent is None:
-        told = [
-            f"linear    to {last.count:,} devices, all that were asked for: {last.efficiency:.1%} of the best speed each"
-        ]
+        told = [f"linear    to {last.count:,} devices, the most that fit: {last.efficiency:.1%} of the best speed each"]
     else:
         told = [
             f"linear    to {last.count:,} devices; from {bent.count:,} on below {LINEAR:.0%} of the best speed each "

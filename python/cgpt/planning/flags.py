@@ -27,8 +27,9 @@ class Plan:
 
     With --flops, --budget, --params, --tokens or --loss: a model, its tokens and recipe, the loss to expect, time,
     energy and money. One of them asks for the best, two for the point that they make. Without: how fast --model would
-    train; on a range of --count devices how that grows with them, where it stops and for want of what. Layer weights, gradients and optimizer state go to the device, the host and a disk, as far as each has room.
-    What cannot fit is refused with the nearest setting that can: a flag to change.
+    train; on a range of --count devices how speed grows with them, where that stops and for want of what. Layer
+    weights, gradients and optimizer state go to the device, the host and a disk, as far as each has room. What cannot
+    fit is refused with the nearest setting that can: a flag to change.
     """
 
     model: Text = None

@@ -82,7 +82,8 @@ def show(found: Found) -> str:
         "model": f"{row['model']}, {row['parameters']:,} parameters in {row['precision']}, moments in "
         f"{row['moments']}, on {machines(problem)}",
         "step": f"{walk['seconds']:.4g} s for {row['tokens_per_step']:,} tokens: {walk['tokens_per_second']:,.0f} "
-        f"tokens/s, {walk['model_flops_per_second'] / 1e12:.4g} model TFLOP/s{each}, {100 * walk['mfu']:.1f} % of the peak",
+        f"tokens/s, {walk['model_flops_per_second'] / 1e12:.4g} model TFLOP/s{each}, {100 * walk['mfu']:.1f} % of "
+        "the peak",
         "bound by": _binding(found),
         "visit": f"{row['tokens_per_visit']:,} tokens{each} in {setting.micro_batches} micro-batches, {row['visits']} "
         f"visit{'s' * (row['visits'] > 1)} a step; activations on the {row['activations']}, "
