@@ -37,8 +37,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cgpt.stream.format import Format
-from cgpt.stream.layout import CHUNK, LayerPlan, shard_size
-from cgpt.stream.needs import AHEAD, SLOTS, STAGING, disk_bytes, streamed
+from cgpt.stream.layout import CHUNK, LayerPlan, Layout, shard_size
+from cgpt.stream.needs import AHEAD, SLOTS, STAGING, disk_bytes, streamed, sums_size
 from cgpt.stream.placement import Placement
 
 LANES = ("compute", "down", "up", "wire", "optimizer", "read", "write")
@@ -73,7 +73,7 @@ class Forecast:
     """One step in its steady state. Seconds, but where said.
 
     lanes: each lane's busy time. stalls: how long the arithmetic waits, by the lane that it waits for. fill: of that,
-    before the first block's arithmetic. disk_read, disk_written: bytes.
+    before the first block's arithmetic. disk_read, disk_written: bytes, and received: from other ranks.
     """
 
     seconds: float
@@ -83,6 +83,7 @@ class Forecast:
     fill: float
     disk_read: float
     disk_written: float
+    received: float = 0.0
 
     @property
     def bound(self) -> float:
@@ -156,17 +157,25 @@ class _Walk:
         self.plans, self.place, self.rates, self.work = plans, placement, rates, work
         self.ranks = placement.ranks
         rounds, tokens = placement.visits * placement.micro_batches, work.tokens / self.ranks
+        asked = rounds * self.ranks
         if work.micro_batch_tokens is not None:
-            rounds = math.ceil(math.ceil(work.tokens / work.micro_batch_tokens) / self.ranks)
+            asked = math.ceil(work.tokens / work.micro_batch_tokens)
+            rounds = -(-asked // self.ranks)
             tokens = min(work.tokens, rounds * work.micro_batch_tokens)
+        others = min(self.ranks - 1, asked / rounds)  # that a rank gets gradients from in a round
         self.rows, self.tokens = rounds / placement.visits, tokens / placement.visits  # of this rank, a visit
         self.visits = min(placement.visits, VISITS)
         self.working, self.record, self.traffic = work.format.working, work.format.record, work.format.traffic
-        self.slots = [sum(plans[i].owned.size for i in streamed(plan, placement)) * self.working for plan in plans]
+        self.streamed = [streamed(plan, placement) for plan in plans]
         self.owners = [plan.owners for plan in plans]
         self.reads = [plan.reads.parameters for plan in plans]
-        self.owned = [plan.owned.parameters for plan in plans]
         self.shards = [shard_size(plan.owned.size, self.ranks) for plan in plans]
+        self.owned = [_within(plan.owned, shard) for plan, shard in zip(plans, self.shards, strict=True)]
+        self.given = [
+            [others * self.working * _share(plan, plans[i].owned, self.shards[i]) for i in plan.owners]
+            for plan in plans
+        ]  # bytes that the gradients of a micro-batch come with, from other ranks
+        self.sums = [4 * sums_size(plan, self.shards) for plan in plans]
         self.head = len(plans) - 1
         self.between = self.tokens * work.width * self.working
         self.free = dict.fromkeys(LANES, 0.0)
@@ -176,7 +185,7 @@ class _Walk:
         n = len(plans)
         self.weights: list[When] = [self.begin] * n  # the record's weights are up to date
         self.written: list[When] = [self.begin] * n  # and all of the record, on the disk too
-        self.exchanged: list[tuple[int, bool, When]] = []  # layers' gradients to be added up, and whether they are last
+        self.exchanged: tuple[int, bool, When] | None = None  # gradients of a layer to add up, and if they are its last
         self.fresh: list[When | None] = [None] * n  # the kept copy, None: to be renewed
         self.users: list[When] = [self.begin] * SLOTS  # ends of the last uses of the slots
         self.staging: list[When] = [self.begin] * STAGING
@@ -210,6 +219,7 @@ class _Walk:
             self.fill or 0.0,
             moved["read"],
             moved["write"],
+            moved["wire"],
         )
 
     def step(self) -> float:
@@ -221,8 +231,11 @@ class _Walk:
         for left in reversed(range(self.visits)):
             self.visit(last=left == 0)
             self.until.append((self.free["compute"], {kind: dict(row) for kind, row in self.counts.items()}))
-        norm = self.collect(8 * sum(self.shards) / CHUNK, (self.free["compute"], "compute"))
-        end, _ = self.run("compute", 0.0, norm)
+        if self.ranks > 1:
+            numbers = self.rows * self.place.visits + sum(self.shards) / CHUNK  # losses and sums of squares
+            told = self.move("wire", 8 * (self.ranks - 1) * numbers, (self.free["compute"], "compute"))
+            self.run("compute", 0.0, told)
+        end = self.free["compute"]
         self.caller, self.begin = end, (end, "compute")
         for index, home in enumerate(self.place.state):
             if home == "disk":
@@ -266,17 +279,15 @@ class _Walk:
         for place, index in enumerate(order):
             here, ahead = ahead, self.gather(order, place + 1)
             backward = place > self.head
-            if backward:
-                here = [*here, *self.sent[-2:-1]]
             seconds = self.arithmetic(index, backward) / self.rates.flops
             if self.ranks > 1 and place >= self.head:
                 self.exchange(index, seconds, here, last)
             else:
-                self.made = self.run("compute", seconds, *here)
+                self.made = self.run("compute", seconds, *here, *self.in_flight(backward))
             if place == 1 and self.fill is None:
                 self.fill = sum(self.counts["stalls"].values())
             self.ends.append(self.made)
-            if self.slots[index]:
+            if self.streamed[index]:
                 self.users.append(self.made)
             if place < self.head and self.away(index):
                 before, rows = self.ends[place - 1], self.place.micro_batches
@@ -286,23 +297,29 @@ class _Walk:
         self.add_up(last)
 
     def exchange(self, index: int, seconds: float, here: list[When], last: bool) -> None:
-        """A layer's backward, and each micro-batch's gradients on their way to the ranks that own them: so many, of
-        which one is under way while the next is computed."""
+        """A layer's backward, and each micro-batch's gradients on their way to the ranks that own them; the sum of one
+        is made behind the next one's arithmetic."""
         groups = min(math.ceil(self.rows), ROWS)
-        nbytes = (self.ranks - 1) * shard_size(self.plans[index].reads.size, self.ranks) * self.working * self.rows
+        times = self.rows / groups
         for row in range(groups):
-            self.made = self.run("compute", seconds / groups, *here)
+            self.made = self.run("compute", seconds / groups, *here, *self.in_flight(index < self.head))
+            for nbytes in self.given[index]:
+                arrived = self.move("wire", times * nbytes, self.made, times=times)
             self.add_up(last)
-            arrived = self.move("wire", nbytes / groups, self.made, times=self.rows / groups)
-            self.exchanged = [(index, row == groups - 1, arrived)]
+            self.exchanged = index, row == groups - 1, arrived
+
+    def in_flight(self, backward: bool) -> list[When]:
+        """Gradients on their way up, which must not pile up."""
+        return self.sent[-2:-1] if backward else []
 
     def add_up(self, last: bool) -> None:
-        """The sum of what was exchanged last, for which the arithmetic waits; a layer's last is sent on."""
-        for index, whole, arrived in self.exchanged:
+        """The sum of what was exchanged before, for which the arithmetic waits; a layer's last is sent on."""
+        if self.exchanged is not None:
+            index, whole, arrived = self.exchanged
             end = self.run("compute", 0.0, arrived)
             if whole:
                 self.send(index, last, end)
-        self.exchanged = []
+        self.exchanged = None
 
     def away(self, index: int) -> bool:
         """Whether a layer's inputs wait on the host."""
@@ -328,52 +345,50 @@ class _Walk:
                 if self.fresh[owner] is None:
                     self.fresh[owner] = self.renew(owner)
                 after.append(self.fresh[owner])
-        if self.slots[index]:
+        if self.streamed[index]:
             after.append(self.fetch(index))
         if place > self.head and index in self.saved:
             free, rows = self.ends[place - 2], self.place.micro_batches
             after.append(self.move("down", self.between, self.saved.pop(index), free, times=rows))
         if place >= self.head and index in self.parked:
-            nbytes = self.reads[index] * 4 / self.ranks
             room = self.free["compute"], "compute"  # torch's allocator gives it in the order of the arithmetic
-            after.append(self.move("down", nbytes, self.parked.pop(index), room))
+            after.append(self.move("down", self.sums[index], self.parked.pop(index), room))
         return after
 
     def renew(self, owner: int) -> When:
         """The copy that is kept on the device."""
-        nbytes, ready = self.shards[owner] * self.working, self.weights[owner]
+        ready = self.weights[owner]
         if self.place.state[owner] != "device":
-            ready = self.move("down", nbytes, ready)
-        return self.collect(nbytes, ready)
+            ready = self.move("down", self.shards[owner] * self.working, ready)
+        return self.collect(owner, ready)
 
-    def collect(self, nbytes: float, ready: When, times: int = 1) -> When:
-        """As many bytes of every other rank as of this one."""
-        return self.move("wire", (self.ranks - 1) * nbytes, ready, times=times) if self.ranks > 1 else ready
+    def collect(self, owner: int, ready: When) -> When:
+        """The other ranks' shards of a layer's weights."""
+        if self.ranks == 1:
+            return ready
+        return self.move("wire", (self.ranks - 1) * self.shards[owner] * self.working, ready)
 
     def fetch(self, index: int) -> When:
         """A layer's weights into the slot that has been free longest."""
-        ready, reads = [self.users[-SLOTS]], 0
-        for owner in self.owners[index]:
+        free = self.users[-SLOTS]
+        for owner in self.streamed[index]:
+            nbytes, after = self.shards[owner] * self.working, [free]
             if self.place.weights[owner] == "disk":
-                nbytes = disk_bytes(self.shards[owner] * self.working)
-                read = self.move("read", nbytes, self.written[owner], self.fetching[-SLOTS])
-                self.fetching.append(read)
-                ready.append(read)
-                reads += 1
+                after.append(self.move("read", disk_bytes(nbytes), self.written[owner], self.fetching[-SLOTS]))
             elif self.place.weights[owner] == "host":
-                ready.append(self.weights[owner])
-        away = [owner for owner in self.owners[index] if self.place.weights[owner] != "device"]
-        nbytes = self.slots[index] if self.ranks == 1 else sum(self.shards[owner] for owner in away) * self.working
-        done = self.move("down", nbytes, *ready, times=len(away))
-        self.fetching[len(self.fetching) - reads :] = [done] * reads  # free once copied
-        return self.collect(nbytes, done, times=len(away))
+                after.append(self.weights[owner])
+            done = self.move("down", nbytes, *after)
+            if self.place.weights[owner] == "disk":
+                self.fetching.append(done)  # free once copied
+            done = self.collect(owner, done)
+        return done
 
     def send(self, index: int, last: bool, made: When | None = None) -> None:
         """A layer's gradients, or their partial sums, to the host."""
         if self.place.state[index] == "device":
             return
         made = made or self.made
-        nbytes = (self.owned[index] * self.working if last else self.reads[index] * 4) / self.ranks
+        nbytes = self.owned[index] * self.working if last else self.sums[index]
         if self.beside(index):
             nbytes = self.shards[index] * self.working
             sent = self.move("up", nbytes, made, self.sending[-SLOTS])
@@ -415,3 +430,16 @@ class _Walk:
             self.staging.append(self.written[index])
             if self.place.weights[index] == "disk":
                 self.weights[index] = self.written[index]
+
+
+def _within(layout: Layout, elements: int) -> int:
+    """Elements of parameters among the first `elements` of a layout."""
+    ends = [start + math.prod(shape) for start, shape in zip(layout.starts, layout.shapes, strict=True)]
+    return sum(max(0, min(end, elements) - start) for start, end in zip(layout.starts, ends, strict=True))
+
+
+def _share(plan: LayerPlan, owned: Layout, shard: int) -> int:
+    """Elements of a rank's share of what a layer reads of an owner."""
+    places = [i for i, name in enumerate(owned.names) if name in plan.reads.names]
+    end = owned.starts[places[-1]] + math.prod(owned.shapes[places[-1]])
+    return min(shard, end - owned.starts[places[0]])
