@@ -346,7 +346,8 @@ class _Walk:
                     self.fresh[owner] = self.renew(owner)
                 after.append(self.fresh[owner])
         if self.streamed[index]:
-            after.append(self.fetch(index))
+            held = place > 0 and bool(self.streamed[order[place - 1]])  # one slot, by the turn that begins
+            after.append(self.fetch(index, self.users[held - SLOTS]))
         if place > self.head and index in self.saved:
             free, rows = self.ends[place - 2], self.place.micro_batches
             after.append(self.move("down", self.between, self.saved.pop(index), free, times=rows))
@@ -368,9 +369,8 @@ class _Walk:
             return ready
         return self.move("wire", (self.ranks - 1) * self.shards[owner] * self.working, ready)
 
-    def fetch(self, index: int) -> When:
-        """A layer's weights into the slot that has been free longest."""
-        free = self.users[-SLOTS]
+    def fetch(self, index: int, free: When) -> When:
+        """A layer's weights into a slot, once it is free."""
         for owner in self.streamed[index]:
             nbytes, after = self.shards[owner] * self.working, [free]
             if self.place.weights[owner] == "disk":
