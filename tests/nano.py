@@ -24,7 +24,6 @@ from cgpt.placing import Placed
 from cgpt.recipe import Recipe
 from cgpt.stream.account import account
 from cgpt.stream.gpt_plans import gpt_plans
-from cgpt.stream.placement import Placement
 from cgpt.world import World
 
 NANO = Preset(
@@ -155,7 +154,7 @@ def serve_one(arguments: list[str], where: str | None, aside: int | None, kill: 
 def put(where: str, aside: int | None) -> None:
     """Has layers live where HOMES says, whatever the flags ask."""
     weights, state = HOMES[where]
-    placement = Placement(weights, state, tuple(home != "device" for home in weights), aside=aside)
+    homes = {"weights": weights, "state": state, "recompute": tuple(home != "device" for home in weights)}
     build = opening.build
     opening.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
     check = opening.check_machine
@@ -164,6 +163,7 @@ def put(where: str, aside: int | None) -> None:
 
     def placed(recipe: Recipe, world: World) -> Placed:
         found, tokens = place_run(recipe, world), recipe.micro_batch_size * recipe.seq_len
+        placement = replace(found.placement, **homes, aside=aside)
         taken = account(gpt_plans(recipe.shape), placement, recipe.format, tokens, recipe.shape.d_model)
         return replace(found, placement=placement, account=taken)
 
