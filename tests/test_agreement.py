@@ -1,6 +1,10 @@
 """Ranks that differ in a flag, a version or their data refuse in one line, the same on each; none waits in vain."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +69,43 @@ def test_a_rank_that_has_died_is_one_line():
             ask(Lost(1, [{}, {}]))
         told = "[gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
         assert str(caught.value) == f"rank 1: wanted an answer of every rank, got none: {told}"
+
+
+REAL = """
+import os, sys
+from cgpt.agreement import agree
+from cgpt.distributed import open_world
+rank = int(not os.fork())  # once all is imported
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+world = open_world()
+agree(world, {"data": "same"})
+for again in range(2):
+    try:
+        agree(world, {"data": "same", "--lr": 1.5 * world.rank})
+    except Exception as error:
+        sys.stdout.write(f"{type(error).__name__} {error}\\n")
+        sys.stdout.flush()
+    if world.rank == 1:
+        os._exit(9)
+"""
+
+
+def test_real_ranks_and_one_that_dies():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    where |= {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    command = [sys.executable, "-c", REAL]
+    said = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=True, env={**os.environ, **where}
+    ).stdout.splitlines()
+    assert said[:2] == ["InputError rank 1: --lr: wanted 0.0, which rank 0 has, got 1.5"] * 2
+    assert said[2].startswith("ConnectionError rank 0: wanted an answer of every rank, got none: ")
+    assert len(said) == 3
 
 
 def test_what_fails_on_one_rank_fails_on_all():

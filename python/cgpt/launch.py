@@ -17,6 +17,7 @@ ranks get SIGTERM as well, which ends them at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ from cgpt.stream.cores import launcher, usable_cores
 from cgpt.train_flags import TrainConfig
 
 RESTARTS = 3  # unless asked otherwise
-SAVING = 3600  # seconds from a signal to SIGKILL; 30 before torch 2.10, which knows no other number
+SAVING = 3600  # seconds from a signal to SIGKILL; 30 under a torch that does not read the number
 SAYING = 1.0  # seconds that ranks have from the first one's refusal, for a line each
 
 
@@ -123,8 +124,9 @@ def resume_on_restart(config: TrainConfig, environment: Mapping[str, str] = os.e
 
 def give_up() -> None:
     """On a rank that has refused what only the user can mend: has `launch` start no other in its place."""
-    if is_rank() and (agent := launcher()) > 1:
-        os.kill(agent, signal.SIGURG)
+    if "TORCHELASTIC_RUN_ID" in os.environ and (agent := launcher()) > 1:
+        with contextlib.suppress(OSError):  # it has ended before
+            os.kill(agent, signal.SIGURG)
 
 
 def flags_of(config: TrainConfig) -> list[str]:
@@ -156,7 +158,8 @@ def _count_gpus(devices: int, gpus: int) -> None:
         print(f"devices  {devices} processes {told}", flush=True)
 
 
-def _stop(_number, _frame) -> None:
+def _stop(number, _frame) -> None:
+    signal.signal(number, signal.SIG_IGN)  # the others say the same
     time.sleep(SAYING)
     raise Refused
 

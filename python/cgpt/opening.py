@@ -54,6 +54,7 @@ from cgpt.stream.selfcheck import check_machine
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
 from cgpt.tracking import Tracked, tracked
+from cgpt.watchdog import patience
 from cgpt.world import World
 from cgpt_ext import dispatch
 
@@ -63,7 +64,7 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Job:
     """A run to be trained. identity: of the data that a run which is resumed was begun on; None begins a new one.
-    world: who trains it."""
+    world: who trains it. patience: seconds without any progress after which they give up, 0 for none."""
 
     recipe: Recipe
     folder: Path
@@ -71,6 +72,7 @@ class Job:
     timeline: bool = False
     tracked: Tracked = field(default_factory=Tracked)
     world: World = field(default_factory=World)
+    patience: float = 0.0
 
 
 def device_of(config: TrainConfig) -> str:
@@ -89,7 +91,7 @@ def job_on(world: World, config: TrainConfig) -> Job:
         recipe, folder, identity, kept = told
         followed = Tracked(**{**kept, "names": tuple(kept["names"])})
         job = Job(Recipe.from_dict(recipe), Path(folder), identity, config.timeline, followed)
-    return replace(job, world=world)
+    return replace(job, world=world, patience=patience(config.hang_timeout, world.count))
 
 
 def job_of(config: TrainConfig) -> Job:

@@ -101,7 +101,8 @@ def place_run(recipe: Recipe, world: World | None = None) -> Placed:
             aside = replace(found, aside=ASIDE)
             roomy = Placed(aside, _account(plans, aside, recipe, beside), budgets)
             return roomy if roomy.account.host <= budgets.host else placed
-    raise InputError(f"--placement: {refused}") from refused
+    each = f", for each of a machine's {world.local_count} ranks" if world.local_count > 1 else ""
+    raise InputError(f"--placement: {refused}{each}") from refused
 
 
 def _rounds(recipe: Recipe, largest: int, ranks: int) -> int:

@@ -41,6 +41,7 @@ from cgpt.recipe import (
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.schedule import learning_rate
 from cgpt.stream.executor import Batch
+from cgpt.watchdog import Watchdog
 
 SAMPLE_PROMPT = 16  # tokens of held-out text that the sample at the end continues
 SAMPLE_TOKENS = 64
@@ -63,7 +64,8 @@ def train(config: TrainConfig) -> Summary:
 def train_job(job: Job) -> Summary:
     """`train`, of a recipe that need not have come from the command line."""
     run = open_run(job)
-    with closing(run.lock), closing(run.store):
+    watchdog = Watchdog(run.store.lanes, job.patience, run.folder, job.world.rank)
+    with closing(run.lock), closing(run.store), watchdog:
         return to_the_end(run)
 
 

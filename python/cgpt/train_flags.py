@@ -86,8 +86,8 @@ class TrainConfig:
     devices: Int = None
     """How many GPUs of this machine train together, a process each; with --device cpu, how many processes, which share
     the cores. Each has its part of every batch and of the optimizer's state, and the losses are the same for any number
-    of them. A run that one number began may be resumed with another. On several machines, torchrun starts them: see
-    --max-restarts (default: 1)."""
+    of them. A run that one number began may be resumed with another. Ctrl-C lets them finish the step and save, twice
+    ends them at once. On several machines, torchrun starts them: see --max-restarts (default: 1)."""
     max_restarts: Int = None
     """How often the job is brought back from its newest checkpoint after a process has died, if there are several. A
     job on 2 machines of 8 GPUs is `torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST
