@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from cgpt.errors import InputError
 from cgpt.world import World
@@ -48,8 +49,9 @@ class TorchWorld(World):
         if device == "cuda":
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         self._staged = device == "cuda" and not alone
-        dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo", timeout=PATIENCE)
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        back_end = "cpu:gloo,cuda:nccl" if alone else "gloo"
+        store, self.rank, self.count = _meeting_place()
+        dist.init_process_group(back_end, store=store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
         self._talk = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._files = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -119,6 +121,13 @@ class TorchWorld(World):
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """Where ranks find one another's addresses, this rank, and their count. torchrun keeps one place for all restarts,
+    and in it the addresses of ranks that are no more: hence names that are this start's own."""
+    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, count
 
 
 def _bytes(x: Tensor) -> Tensor:
