@@ -69,7 +69,7 @@ def test_killed_at_random_moments(jobs, whole, cut, mode):
     deaths = 0
     while deaths < KILLS:
         shutil.rmtree(cut, ignore_errors=True)
-        kills = [(draw.randrange(ranks), 2 * draw.random() * seconds) for _ in range(min(AT_ONCE, KILLS - deaths))]
+        kills = [(draw.randrange(ranks), draw.random() * seconds) for _ in range(min(AT_ONCE, KILLS - deaths))]
         code, said, starts = jobs.run("train", *COMMON, "--out", "cut", kills=kills, **options)
         assert code == 0, said
         assert outcome(cut) == wanted
