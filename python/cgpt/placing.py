@@ -212,7 +212,7 @@ def describe_reading(store: Store) -> str:
     """Where the layers of a store that is only read live, in one line; exact bytes."""
     place, need = store.placement, needs(store.plans, store.placement, store.format)
     homes = [f"{place.state.count(tier)} on the {tier}" for tier in TIERS if tier in place.state]
-    elements = sum(streamed(plan, place, store.owner).size for plan in store.plans)
+    elements = sum(store.plans[i].owned.size for plan in store.plans for i in streamed(plan, place))
     tiers = {"device": need.device, "host": need.host, "disk": need.disk}
     taken = ", ".join(f"{tier} {bytes_text(size)}" for tier, size in tiers.items() if size)
     return (

@@ -12,12 +12,12 @@ VOCAB, WIDTH, DEPTH = 37, 24, 3
 class Plain(nn.Module):
     """Embedding, tanh blocks with LayerNorm, and a head tied to the embedding."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, width: int = WIDTH):
         super().__init__()
         torch.manual_seed(seed)
-        self.wte = nn.Embedding(VOCAB, WIDTH)
-        self.h = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(DEPTH))
-        self.ln_f = nn.LayerNorm(WIDTH)
+        self.wte = nn.Embedding(VOCAB, width)
+        self.h = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(DEPTH))
+        self.ln_f = nn.LayerNorm(width)
 
     def block(self, i, x):
         return x + torch.tanh(self.h[i](x))

@@ -13,13 +13,12 @@ A run that only reads its weights has a flow and a layer's working memory: one f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cgpt.stream.format import Format
-from cgpt.stream.layout import LayerPlan
-from cgpt.stream.needs import BLOCK, SLOTS, STAGING, Needs, needs
+from cgpt.stream.layout import LayerPlan, shard_size
+from cgpt.stream.needs import BLOCK, EXCHANGES, SLOTS, STAGING, Needs, needs, sums_size, whole_sizes
 from cgpt.stream.placement import Placement
 
 KEPT = 13  # values a token and width that a block keeps for backward: inputs, norms, q k v, attention, MLP
@@ -55,6 +54,7 @@ class Account:
     def device_parts(self) -> dict[str, int]:
         need = self.needs
         parts = {"state": need.records_device, "weights": need.kept, "slots": SLOTS * need.slot, "ring": need.ring}
+        parts["exchange"] = 2 * EXCHANGES * need.exchange
         return _present(self._named(parts) | self._workspace("device"))
 
     @property
@@ -107,21 +107,26 @@ def boundary_bytes(format: Format, micro_batch_tokens: int, width: int) -> int:
 
 
 def _workspace(plans: Sequence[LayerPlan], placement: Placement, working: int, between: int) -> dict[str, int]:
-    rows, blocks = placement.micro_batches, range(1, len(plans) - 1)
+    rows, blocks, ranks = placement.micro_batches, range(1, len(plans) - 1), placement.ranks
     recomputed = sum(placement.recompute[i] for i in blocks)
-    several = rows * placement.visits > 1
+    several = rows * placement.visits * ranks > 1
     summed = 4 if several else working
-    largest = max(plan.reads.size for plan in plans)
-    in_flight = IN_FLIGHT * largest * summed + (largest * working if several else 0)
+    sizes = [shard_size(plan.owned.size, ranks) for plan in plans]
+    sums = [sums_size(plan, sizes) for plan in plans]
+    in_flight = IN_FLIGHT * max(sums) * summed
+    if several:
+        wholes = whole_sizes(plans, ranks)
+        in_flight += max(sums_size(plan, wholes) for plan in plans) * working
     held = 4 if placement.visits > 1 else working
-    own = [plan for plan, home in zip(plans, placement.state, strict=True) if home == "device"]
-    shared = sum(_shared(plan) for plan, home in zip(plans, placement.state, strict=True) if home != "device")
+    on_device = [home == "device" for home in placement.state]
+    own = sum(size for size, here in zip(sums, on_device, strict=True) if here)
+    shared = sum(sums[i] - sizes[i] for i in range(len(plans)) if not on_device[i])
     return {
         "flow": 2 * rows * between,
         "inputs": rows * between * recomputed if placement.activations == "device" else 0,
         "kept": KEPT * rows * between * (len(blocks) - recomputed),
         "working": max((KEPT + BACKWARD) * between, HEAD_BYTES + 4 * between),
-        "gradients": in_flight + held * sum(plan.reads.size for plan in own) + shared * summed,
+        "gradients": in_flight + held * own + shared * summed,
     }
 
 
@@ -131,14 +136,6 @@ def _workspace_of_reading(placement: Placement, between: int) -> dict[str, int]:
         "flow": (placement.micro_batches + 1) * between,
         "working": max(KEPT * between, HEAD_BYTES + 2 * between),
     }
-
-
-def _shared(plan: LayerPlan) -> int:
-    """Elements that a layer reads and another owns."""
-    if len(plan.reads.names) == len(plan.owned.names):
-        return 0
-    reads = zip(plan.reads.names, plan.reads.shapes, strict=True)
-    return sum(math.prod(shape) for name, shape in reads if name not in plan.owned.names)
 
 
 def _present(parts: dict[str, int]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
     compute                the caller's own thread
     down, up               copies between host and device
+    wire                   what ranks exchange, in the same order on each of them
     optimizer              AdamW on the host
     read, write            the disk's
 
@@ -27,6 +28,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ from cgpt.stream.cores import usable_cores
 from cgpt.stream.timeline import Timeline
 from cgpt_ext import _native
 
-LANES = ("down", "up", "optimizer", "read", "write")
+LANES = ("down", "up", "wire", "optimizer", "read", "write")
 ALIGNMENT = 128  # bytes
 LONGEST_DELAY = 0.002  # seconds; hunting
 LONGEST_EXIT = 10.0  # seconds that the interpreter, ending, gives to work in progress
@@ -130,7 +132,11 @@ class Device:
 
     def number(self, value: Tensor) -> float:
         """What the arithmetic has come to, for the caller to read."""
-        return value.item()
+        return float(self.numbers(value))
+
+    def numbers(self, value: Tensor) -> np.ndarray:
+        """The same of many, double, in the tensor's shape."""
+        return value.double().cpu().numpy()
 
     def poison(self, memory: Tensor) -> None:
         """Hunting: fills released memory with NaN."""

@@ -78,9 +78,9 @@ class SimulatedDevice(Device):
         self._note("compute", what, begin, end, 0, flops)
         return result, ClockEvent(self, "compute", end)
 
-    def number(self, value):
+    def numbers(self, value):
         self.caller = max(self.caller, self.now)
-        return super().number(value)
+        return super().numbers(value)
 
     def settle(self):
         self.caller = max([self.caller, *self._free.values()])

@@ -19,7 +19,7 @@ from cgpt.stream.buffers import Buffer, Ring
 from cgpt.stream.devices import Device, Event
 from cgpt.stream.format import Format
 from cgpt.stream.host import DiskTier, HostMemory
-from cgpt.stream.layout import LayerPlan
+from cgpt.stream.layout import LayerPlan, shard_size
 from cgpt.stream.needs import SLOTS, STAGING, Needs, disk_bytes
 from cgpt.stream.record import Record, dtype_of
 
@@ -39,9 +39,12 @@ class DiskRecords:
         lanes: Device,
         host: HostMemory,
         format: Format,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         self.tier = DiskTier(path, wanted.disk)
-        self.plans, self.lanes = plans, lanes
+        self.plans, self.lanes, self._share = plans, lanes, (rank, ranks)
+        self.sizes = [shard_size(plan.owned.size, ranks) for plan in plans]
         self.format, self.dtype = format, dtype_of(format)
         staging = _ring("staging", STAGING, wanted.staging, host)
         self._fetching = _ring("fetching", SLOTS, wanted.fetching, host)
@@ -59,14 +62,13 @@ class DiskRecords:
     ) -> tuple[Buffer, Record, Tensor, Event]:
         """Submits reading a record, and the gradients behind it; returns its buffer in use, both in it, and the event
         behind which they are there."""
-        buffer, size = self._staging.take(), self.plans[index].owned.size
+        buffer, size = self._staging.take(), self.sizes[index]
         start = self._bytes(index)
         end = start + (self._gradient_bytes(index) if gradients else 0)
         work = self.tier.reader(self._at[index], buffer.memory[:end])
         what = f"{self.plans[index].name} state"
         buffer.fill(index, version, lambda before: self.lanes.submit("read", what, work, [*before, *after], end))
-        memory = buffer.memory[: size * self.format.record]
-        record = Record(self.plans[index].owned, self.format, memory)
+        record = self._record(index, buffer.memory)
         beside = buffer.memory[start : start + size * self.dtype.itemsize if gradients else start].view(self.dtype)
         return buffer, record, beside, buffer.use(index, version)
 
@@ -92,7 +94,7 @@ class DiskRecords:
         """Has `work` fill a buffer with layer `index`'s gradients on the lane up, behind `after`, and writes it behind
         the layer's record once the last ones are `spent`; returns the event of the write."""
         buffer, name = self._sending.take(), self.plans[index].name
-        nbytes = self.plans[index].owned.size * self.dtype.itemsize
+        nbytes = self.sizes[index] * self.dtype.itemsize
         flat = buffer.memory[:nbytes].view(self.dtype)
 
         def start(before: list[Event]) -> Event:
@@ -108,8 +110,7 @@ class DiskRecords:
         """A record read at once, on the caller's thread, into the memory that is for this alone."""
         memory = self._saving[: self._bytes(index)]
         self.tier.reader(self._at[index], memory)()
-        layout = self.plans[index].owned
-        return Record(layout, self.format, memory[: layout.size * self.format.record])
+        return self._record(index, memory)
 
     def reset(self) -> None:
         """Takes every buffer back; nothing may still be using them."""
@@ -127,12 +128,16 @@ class DiskRecords:
 
         return self.lanes.submit("write", what, work, after, memory.nbytes)
 
+    def _record(self, index: int, memory: Tensor) -> Record:
+        memory = memory[: self.sizes[index] * self.format.record]
+        return Record(self.plans[index].owned, self.format, memory, *self._share)
+
     def _bytes(self, index: int) -> int:
-        return disk_bytes(self.plans[index].owned.size * self.format.record)
+        return disk_bytes(self.sizes[index] * self.format.record)
 
     def _gradient_bytes(self, index: int) -> int:
         """Of a layer's gradients, and of its working weights."""
-        return disk_bytes(self.plans[index].owned.size * self.dtype.itemsize)
+        return disk_bytes(self.sizes[index] * self.dtype.itemsize)
 
 
 def _ring(name: str, count: int, nbytes: int, host: HostMemory) -> Ring:

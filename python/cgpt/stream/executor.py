@@ -25,6 +25,7 @@ from torch import Tensor
 from cgpt.model.cache import Past, Step
 from cgpt.stream.activations import Boundaries
 from cgpt.stream.devices import Event
+from cgpt.stream.exchange import Exchange
 from cgpt.stream.gradients import Gradients, Sums
 from cgpt.stream.store import Store
 
@@ -40,15 +41,23 @@ class Executor:
         self.step = 0  # calls of `gradients`, which random numbers are counted by
         away = store.format.training and store.placement.activations == "host"
         self._boundaries = Boundaries(store) if away else None
+        self._exchange = Exchange(store) if store.world.count > 1 and store.format.training else None
 
     def loss(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the samples of `batches`, forward only and without a graph."""
         return self.lanes.number(self._whole(lambda: sum(_Walk(self, batches, _shares([batches])[0]).up())))
 
-    def losses(self, batches: Sequence[Batch]) -> list[float]:
-        """Each batch's own mean loss, the bits that `loss` gives for it alone, in one walk over the layers."""
-        shares = [1.0] * len(batches)
-        return self._whole(lambda: [self.lanes.number(loss) for loss in _Walk(self, batches, shares).up()])
+    def losses(self, batches: Sequence[Batch | None]) -> list[float | None]:
+        """Each batch's own mean loss, the bits that `loss` gives for it alone, in one walk over the layers.
+
+        None: this rank has no batch where others have one; as many in all on every rank.
+        """
+
+        def work() -> list[float | None]:
+            found = _Walk(self, batches, [1.0] * len(batches)).up()
+            return [None if loss is None else self.lanes.number(loss) for loss in found]
+
+        return self._whole(work)
 
     def logits(self, ids: Tensor, step: Step | None = None) -> Tensor:
         """(B, T) int64 -> (B, V) after the last position, by the head's `logits`; forward only.
@@ -75,19 +84,31 @@ class Executor:
 
         return self._whole(work)
 
-    def gradients(self, visits: Sequence[Sequence[Batch]], loss_scale: float = 1.0) -> Gradients:
+    def gradients(
+        self,
+        visits: Sequence[Sequence[Batch | None]],
+        loss_scale: float = 1.0,
+        *,
+        micro_batches: int | None = None,
+        samples: int | None = None,
+    ) -> Gradients:
         """Loss, gradients and their norm over all micro-batches of all visits; they may differ in size.
 
         A visit holds its micro-batches' activations between layers at once: several visits bound that memory, several
         micro-batches a visit save weight traffic.
+
+        Of N ranks, rank r brings micro-batches r, r + N, r + 2N, ... of the step's `micro_batches`, which hold
+        `samples` sequences in all; where that is one fewer than others bring, its last is None.
         """
 
         def work() -> Gradients:
-            sums, losses = Sums(self.store, sum(map(len, visits))), []
-            for left, visit, shares in zip(reversed(range(len(visits))), visits, _shares(visits), strict=True):
-                losses += _Walk(self, visit, shares, sums, loss_scale, left == 0, len(losses)).up_and_down()
+            contributions, losses = micro_batches or sum(map(len, visits)), []
+            sums = Sums(self.store, contributions, self._exchange)
+            shares = _shares(visits, samples)
+            for left, visit, share in zip(reversed(range(len(visits))), visits, shares, strict=True):
+                losses += _Walk(self, visit, share, sums, loss_scale, left == 0, len(losses)).up_and_down()
             self.step += 1
-            return Gradients(self.lanes.number(sum(losses)), sums.by_name, sums.ready, sums.norm())
+            return sums.step_ended(losses)
 
         return self._whole(work)
 
@@ -109,7 +130,7 @@ class _Walk:
     def __init__(
         self,
         executor: Executor,
-        batches: Sequence[Batch],
+        batches: Sequence[Batch | None],
         shares: list[float],
         sums: Sums | None = None,
         loss_scale: float = 1.0,
@@ -120,14 +141,16 @@ class _Walk:
         self.store, self.lanes, self.boundaries = executor.store, executor.lanes, executor._boundaries
         self.batches, self.shares, self.sums, self.loss_scale, self.last = batches, shares, sums, loss_scale, last
         self.pasts = pasts
-        self.draws = None if executor.seed is None else (executor.seed, executor.step, first)
+        self.draws = None if executor.seed is None else (executor.seed, executor.step)
+        self.first = first  # the number of this rank's first micro-batch here, of those of the step
         self.head = len(self.store.layers) - 1
-        self.flow = [ids for ids, _ in batches]  # activations on the way up, their gradients on the way down
+        self.rows = [row for row, batch in enumerate(batches) if batch is not None]
+        self.flow = [batch and batch[0] for batch in batches]  # activations on the way up, their gradients down
         self.made: list[Event | None] = [None] * len(self.flow)  # ends what made each
         self.tape: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}  # (layer, row) -> input, and output if kept
         self.event: Event | None = None  # ends the turn's last arithmetic
 
-    def up(self, head: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    def up(self, head: Callable[[Tensor], Tensor] | None = None) -> list[Tensor | None]:
         """Each micro-batch's loss times its share of the step's samples, double; or what `head` makes of it."""
         turns = self._turns(list(range(self.head + 1)))
         self._climb(turns)
@@ -136,13 +159,14 @@ class _Walk:
         next(turns, None)  # gives the head back
         return results
 
-    def up_and_down(self) -> list[Tensor]:
+    def up_and_down(self) -> list[Tensor | None]:
         """The same, and the gradients."""
         turns = self._turns([*range(self.head + 1), *reversed(range(self.head))])
         self._climb(turns)
         losses = self._top(*next(turns))
         for index, after in turns:
             self._descend(index, after)
+        self.sums.settle()
         return losses
 
     def _turns(self, order: list[int]) -> Iterator[tuple[int, list[Event]]]:
@@ -151,8 +175,10 @@ class _Walk:
         for place, here in enumerate(order):
             ahead = self._gather(order, place + 1)
             _, after = self.store.get(here)
-            self.event = None
-            yield here, [*after, *fetched]
+            self.event, after = None, [*after, *fetched]
+            yield here, after
+            if self.event is None:  # a rank without a micro-batch; others have one
+                _, self.event = self.lanes.compute(f"{self.store.layers[here].name} idle", lambda: None, after)
             self.store.release(here, self.event)
             fetched = ahead
 
@@ -171,7 +197,8 @@ class _Walk:
         """Forward to the head's door."""
         for index, after in turns:
             keep = self.sums is not None and not self.store.placement.recompute[index]
-            for row, x in enumerate(self.flow):
+            for row in self.rows:
+                x = self.flow[row]
                 if self.sums is not None and not keep:
                     self._keep_input(index, row, x)
 
@@ -191,19 +218,22 @@ class _Walk:
         else:
             self.tape[index, row] = x, None
 
-    def _top(self, index: int, after: list[Event]) -> list[Tensor]:
+    def _top(self, index: int, after: list[Event]) -> list[Tensor | None]:
         """The head's turn: losses, and the first gradients."""
-        losses = []
-        for row, (_, targets) in enumerate(self.batches):
+        losses: list[Tensor | None] = [None] * len(self.batches)
+        for row in range(len(self.batches)):
 
-            def work(row=row, targets=targets) -> Tensor:
+            def work(row=row) -> Tensor:
+                _, targets = self.batches[row]
                 x, loss = self._run(index, row, self.flow[row], self.sums is not None, targets)
                 if self.sums is not None:
                     dloss = torch.full_like(loss, self.shares[row] * self.loss_scale)
                     self.flow[row] = self.sums.add(index, x, loss, dloss)
                 return loss.detach().double() * self.shares[row]
 
-            losses.append(self._compute(index, "head", row, 2 if self.sums is None else 6, after, work))
+            if row in self.rows:
+                losses[row] = self._compute(index, "head", row, 2 if self.sums is None else 6, after, work)
+            self._exchange(index, row)
         self._end_of_backward(index)
         return losses
 
@@ -216,6 +246,9 @@ class _Walk:
         """One layer's backward."""
         again = self.store.placement.recompute[index]
         for row in range(len(self.flow)):
+            if row not in self.rows:
+                self._exchange(index, row)
+                continue
             away = (index, row) not in self.tape
             x, y = self.tape.pop((index, row), (None, None))  # frees the layer's saved activations
             ready = [*after, *self.sums.after()]
@@ -232,7 +265,12 @@ class _Walk:
             del x, y, work
             if away:
                 self.boundaries.give_back(index, row, self.event)
+            self._exchange(index, row)
         self._end_of_backward(index)
+
+    def _exchange(self, index: int, row: int) -> None:
+        if self.sums is not None:
+            self.sums.exchange(index, self.first + row, self.event if row in self.rows else None)
 
     def _end_of_backward(self, index: int) -> None:
         if self.sums is None:
@@ -257,10 +295,10 @@ class _Walk:
         if self.draws is None:
             yield
             return
-        seed, step, first = self.draws
-        device = self.store.device
+        (seed, step), world = self.draws, self.store.world
+        device, number = self.store.device, (self.first + row) * world.count + world.rank
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            key = np.random.SeedSequence((seed, step, first + row, index)).generate_state(1, np.uint64)
+            key = np.random.SeedSequence((seed, step, number, index)).generate_state(1, np.uint64)
             torch.manual_seed(int(key[0]))
             yield
 
@@ -272,7 +310,8 @@ class _Walk:
         return result
 
 
-def _shares(visits: Sequence[Sequence[Batch]]) -> list[list[float]]:
+def _shares(visits: Sequence[Sequence[Batch | None]], samples: int | None = None) -> list[list[float]]:
     """Each micro-batch's share of all samples: means of means weighted so that every sample counts the same."""
-    total = sum(len(ids) for visit in visits for ids, _ in visit)
-    return [[len(ids) / total for ids, _ in visit] for visit in visits]
+    sizes = [[0 if batch is None else len(batch[0]) for batch in visit] for visit in visits]
+    total = samples or sum(map(sum, sizes))
+    return [[size / total for size in visit] for visit in sizes]

@@ -124,9 +124,8 @@ class _Walk:
         self.tokens = work.tokens / placement.visits
         self.visits = min(placement.visits, VISITS)
         self.working, self.record, self.traffic = work.format.working, work.format.record, work.format.traffic
-        self.owner = {name: i for i, plan in enumerate(plans) for name in plan.owned.names}
-        self.slots = [streamed(plan, placement, self.owner).size * self.working for plan in plans]
-        self.owners = [sorted({self.owner[name] for name in plan.reads.names}) for plan in plans]
+        self.slots = [sum(plans[i].owned.size for i in streamed(plan, placement)) * self.working for plan in plans]
+        self.owners = [plan.owners for plan in plans]
         self.reads = [plan.reads.parameters for plan in plans]
         self.owned = [plan.owned.parameters for plan in plans]
         self.head = len(plans) - 1

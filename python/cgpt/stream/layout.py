@@ -63,18 +63,22 @@ def shard(size: int, rank: int, ranks: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One stop of the walk, in numbers: what it owns, and everything it reads, by name."""
+    """One stop of the walk, in numbers: what it owns, and everything it reads, by name. owners: the layers, in their
+    order, that own what it reads."""
 
     name: str
     owned: Layout
     reads: Layout
+    owners: tuple[int, ...]
 
 
 def layers_plan(reads: Sequence[tuple[str, Shapes]]) -> list[LayerPlan]:
     """From each layer's (name, shapes of all it reads), in the order of the walk."""
-    plans, taken = [], set()
+    plans: list[LayerPlan] = []
+    owner: dict[str, int] = {}
     for name, shapes in reads:
-        owned = {key: shape for key, shape in shapes.items() if key not in taken}
-        taken |= set(owned)
-        plans.append(LayerPlan(name, Layout.of(owned), Layout.of(shapes)))
+        owned = {key: shape for key, shape in shapes.items() if key not in owner}
+        owner |= dict.fromkeys(owned, len(plans))
+        owners = tuple(sorted({owner[key] for key in shapes}))
+        plans.append(LayerPlan(name, Layout.of(owned), Layout.of(shapes), owners))
     return plans

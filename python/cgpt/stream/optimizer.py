@@ -18,7 +18,7 @@ import torch
 
 from cgpt.errors import Diverged
 from cgpt.stream.gradients import Gradients
-from cgpt.stream.record import Group, Record, parameter_view
+from cgpt.stream.record import Group, Record
 from cgpt.stream.store import Store, Update
 from cgpt_ext import adamw_
 
@@ -113,15 +113,14 @@ class AdamW:
     ) -> Update | None:
         """What updates a record of layer `index` when called; None where nothing of it has a gradient."""
         found = {name: gradients.by_name[name] for name in self.store.owned[index] if name in gradients.by_name}
-        if not found:
+        if not found and self.store.world.count == 1:  # of several ranks each counts a new version, though it has none
             return None
         updates, scale = self.updates, scales[self.store.placement.state[index] == "device"]
 
         def work(record: Record, beside: torch.Tensor | None) -> None:
             mine = found
             if beside is not None:
-                names = record.layout.names
-                mine = {name: parameter_view(beside, record.layout, names.index(name)) for name in found}
+                mine = {name: record.parts[name].of(beside) for name in found}
             for group in record.groups():
                 for alike in self._alike(group, mine):
                     self._update(group, alike, mine, updates, lr, scale)
@@ -139,8 +138,7 @@ class AdamW:
     def _update(
         self, group: Group, there: list[int], found: dict[str, torch.Tensor], updates: int, lr: float, scale
     ) -> None:
-        first = group.names[there[0]]
-        lr_scale, decay_scale, eps_scale = self._scales[first]
+        lr_scale, decay_scale, eps_scale = self._scales[group.names[there[0]]]
         rounded = self.store.format.moments == "bf16"
         adamw_(
             [group.working[i] for i in there],
@@ -157,7 +155,7 @@ class AdamW:
             lows=group.lows and [group.lows[i] for i in there],
             grad_scale=scale,
             stochastic_rounding_seed=self.seed & (1 << 63) - 1 if rounded else None,  # an int64
-            rounding_places=[(self._number[group.names[i]], 0) for i in there],
+            rounding_places=[(self._number[group.names[i]], group.firsts[i]) for i in there],
         )
 
     def state(self) -> dict:

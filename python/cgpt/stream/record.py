@@ -1,4 +1,4 @@
-"""One layer's parameters and optimizer state in one stretch of memory, one section after another.
+"""One layer's parameters and optimizer state in one stretch of memory, one section after another; or a rank's shard.
 
     working    what the layer computes with
     low        int16 low halves of bf16 weights: the split master; or master, fp32, behind fp16 weights
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cgpt.errors import InputError
 from cgpt.stream.format import MOMENTS, Format
-from cgpt.stream.layout import Layout
+from cgpt.stream.layout import Layout, shard_size
 from cgpt_ext import _native, join_master, split_master
 
 PIECE = 1 << 20  # elements that are split at once where it cannot be done in place: 4 MB, of embeddings of 1 GB
@@ -34,6 +34,7 @@ class Group:
 
     decayed: bool
     names: list[str]
+    firsts: list[int]  # the first element of each parameter that the record has
     working: list[Tensor]
     lows: list[Tensor] | None
     masters: list[Tensor] | None
@@ -41,29 +42,68 @@ class Group:
     exp_avg_sq: list[Tensor]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a rank has of a parameter: `size` of its elements from `first` on, at `start` of the rank's shard. shape: of
+    the parameter where that is all of it, else flat."""
+
+    first: int
+    size: int
+    start: int
+    shape: tuple[int, ...]
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Its stretch of a flat buffer that is laid out as the shard is."""
+        return flat[self.start : self.start + self.size].view(self.shape)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The same elements of the whole parameter, contiguous."""
+        return whole.reshape(-1)[self.first : self.first + self.size].view(self.shape)
+
+
+def parts_of(layout: Layout, rank: int = 0, ranks: int = 1) -> dict[str, Part]:
+    """What a rank has of each of `layout`'s parameters, in their order; those that it has nothing of left out."""
+    each = shard_size(layout.size, ranks)
+    begin, end = rank * each, (rank + 1) * each
+    found = {}
+    for name, start, shape in zip(layout.names, layout.starts, layout.shapes, strict=True):
+        low, high = max(start, begin), min(start + math.prod(shape), end)
+        if low < high:
+            whole = high - low == math.prod(shape)
+            found[name] = Part(low - start, high - low, low - begin, shape if whole else (high - low,))
+    return found
+
+
 class Record:
     """`layout`'s parameters in `memory`, uint8, format.record bytes an element; views of it, never copies.
 
-    working: where the working weights lie instead, for a record that is split between two memories.
+    Of several ranks each has the `parts` in its shard, of which there may be none.
     """
 
-    def __init__(self, layout: Layout, format: Format, memory: Tensor):
+    def __init__(self, layout: Layout, format: Format, memory: Tensor, rank: int = 0, ranks: int = 1):
         self.layout, self.format = layout, format
         self.memory = memory
+        self.rank, self.ranks = rank, ranks
+        self.parts = parts_of(layout, rank, ranks)
         self.flat: dict[str, Tensor] = {}
         start = 0
         for kind, name in format.sections.items():
             dtype = getattr(torch, name)
-            end = start + layout.size * dtype.itemsize
+            end = start + shard_size(layout.size, ranks) * dtype.itemsize
             self.flat[kind] = memory[start:end].view(dtype)
             start = end
 
+    def copied_to(self, memory: Tensor) -> Record:
+        """The same record in other memory."""
+        memory.copy_(self.memory)
+        return Record(self.layout, self.format, memory, self.rank, self.ranks)
+
     def view(self, kind: str, name: str) -> Tensor:
-        """A parameter's part of a section, in the parameter's shape."""
-        return parameter_view(self.flat[kind], self.layout, self.layout.names.index(name))
+        """A parameter's part of a section: in the parameter's shape where that is all of it, else flat."""
+        return self.parts[name].of(self.flat[kind]) if name in self.parts else self.flat[kind][:0]
 
     def master(self, name: str) -> Tensor:
-        """The exact fp32 master of a parameter, as a tensor of its own on the CPU."""
+        """The exact fp32 master of this rank's part of a parameter, as a tensor of its own on the CPU."""
         working = self.view("working", name)
         if "low" in self.flat:
             return join_master(working, self.view("low", name)).cpu()
@@ -71,14 +111,18 @@ class Record:
         return source.to("cpu", torch.float32, copy=True)
 
     def set_master(self, name: str, value: Tensor) -> None:
-        """Sets a parameter's master to `value` (fp32, its shape) and its working weights to the rounded value.
+        """Sets this rank's part of a parameter's master to that of `value` (fp32, the parameter's shape) and its
+        working weights to the rounded value.
 
         bf16 rounds ties away from zero (the split master's high half), with and without masters, so that training,
         evaluation and generation compute with the same bits. Raises InputError for another shape or dtype.
         """
-        working = self.view("working", name)
-        if value.shape != working.shape or value.dtype != torch.float32:
-            raise InputError(f"{name}: wanted float32 {tuple(working.shape)}, got {value.dtype} {tuple(value.shape)}")
+        shape = self.layout.shapes[self.layout.names.index(name)]
+        if tuple(value.shape) != shape or value.dtype != torch.float32:
+            raise InputError(f"{name}: wanted float32 {shape}, got {value.dtype} {tuple(value.shape)}")
+        if name not in self.parts:
+            return
+        working, value = self.view("working", name), self.parts[name].cut(value)
         if self.format.precision == "bf16":
             if "low" in self.flat and working.device.type == "cpu":  # in place: an embedding's halves are large
                 _native.split_master(value.contiguous(), working, self.view("low", name))
@@ -97,15 +141,22 @@ class Record:
 
     def groups(self) -> tuple[Group, Group]:
         """(decayed, undecayed) of a record that trains."""
-        names, cut = self.layout.names, self.layout.decayed
-        return self._group(True, names[:cut]), self._group(False, names[cut:])
+        decayed = set(self.layout.names[: self.layout.decayed])
+        matrices = [name for name in self.parts if name in decayed]
+        return self._group(True, matrices), self._group(False, [name for name in self.parts if name not in decayed])
 
-    def _group(self, decayed: bool, names: tuple[str, ...]) -> Group:
+    def _group(self, decayed: bool, names: list[str]) -> Group:
         def views(kind: str) -> list[Tensor] | None:
             return [self.view(kind, name) for name in names] if kind in self.flat else None
 
         return Group(
-            decayed, list(names), views("working"), views("low"), views("master"), *(views(kind) for kind in MOMENTS)
+            decayed,
+            names,
+            [self.parts[name].first for name in names],
+            views("working"),
+            views("low"),
+            views("master"),
+            *(views(kind) for kind in MOMENTS),
         )
 
 

@@ -89,8 +89,7 @@ class Snapshot:
         if self._state[index] == "waiting":
             memory = self._take(record.memory.numel())
             if memory is not None:
-                memory.copy_(record.memory)
-                self._copies[index] = Record(record.layout, record.format, memory)
+                self._copies[index] = record.copied_to(memory)
                 self._state[index] = "copied"
         return self._state[index] in ("copied", "written")
 

@@ -3,6 +3,7 @@
     home     a layer's record (record.py): in the device's arena, in the host's, or in a file
     copies   of the working weights alone: on the device for good, in a slot of the device for one turn, on the host
              before a disk. A copy carries the version of the record it was made from, and is used in no other.
+    shards   of several ranks each has its own of every record; what is on the device is whole, gathered from all
 
     gather(l)   submits what brings layer l's weights to the device: nothing, a copy, or a disk's read and a copy
     get(l)      the layer with its modules' parameters set to that memory, and the events to stand behind
@@ -29,10 +30,11 @@ from cgpt.stream.devices import Device, Event, open_device
 from cgpt.stream.disk import DiskRecords
 from cgpt.stream.format import Format
 from cgpt.stream.host import DiskTier, HostMemory
-from cgpt.stream.layout import LayerPlan, Layout, layers_plan
-from cgpt.stream.needs import AHEAD, SLOTS, Needs, needs
+from cgpt.stream.layout import LayerPlan, layers_plan, shard_size
+from cgpt.stream.needs import AHEAD, SLOTS, Needs, needs, streamed, sums_size, whole_sizes
 from cgpt.stream.placement import Placement
 from cgpt.stream.record import Record, dtype_of, parameter_view
+from cgpt.world import World
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,6 @@ class Layer:
 Update = Callable[[Record, Tensor | None], None]  # of a record, with its gradients where they came with it
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of `owner`'s working weights that a slot holds: elements, from the owner's start to the slot's."""
-
-    owner: int
-    source: int
-    slot: int
-    size: int
-
-
 def plans_of(layers: Sequence[Layer]) -> list[LayerPlan]:
     """The layers in numbers, for the planner."""
     return layers_plan([(x.name, {name: tuple(p.shape) for name, p in x.parameters.items()}) for x in layers])
@@ -72,7 +64,9 @@ class Store:
 
     The modules may have been built on the meta device. Every parameter is zero until `write` or a checkpoint fills it.
     device: an open Device whose arena has room (`needs`), or "cpu" or "cuda" for one made to measure. disk: the file
-    for layers whose home is the disk. Raises InputError for memory that is not there, OSError for the disk.
+    for layers whose home is the disk. world: the job, of as many ranks as the placement; every rank then calls the
+    same in the same order, and what it reads and writes by name is its part. Raises InputError for memory that is not
+    there, OSError for the disk.
     """
 
     def __init__(
@@ -83,11 +77,14 @@ class Store:
         *,
         placement: Placement | None = None,
         disk: str | None = None,
+        world: World | None = None,
     ):
-        self.layers = list(layers)
+        self.layers, self.world = list(layers), world or World()
         self.plans = plans_of(self.layers)
         self.format = format = format or Format()
-        self.placement = placement or Placement.resident(len(self.layers))
+        self.placement = placement or Placement.resident(len(self.layers), self.world.count)
+        if self.placement.ranks != self.world.count:
+            raise InputError(f"placement: wanted one of {self.world.count} ranks, got one of {self.placement.ranks}")
         self.dtype = dtype_of(format)
         wanted = needs(self.plans, self.placement, format)
         self.lanes = device if isinstance(device, Device) else open_device(str(device), wanted.device)
@@ -96,9 +93,10 @@ class Store:
         homes = [i for i, home in enumerate(self.placement.state) if home == "disk"]
         if homes and disk is None:
             raise InputError("disk: wanted a folder for layers whose home is the disk, got none")
-        kind = self.plans, homes, self.lanes, self.host, format
+        kind = self.plans, homes, self.lanes, self.host, format, self.world.rank, self.world.count
         self.disk_records = DiskRecords(disk, wanted, *kind) if homes else None
         self.owner = {name: i for i, plan in enumerate(self.plans) for name in plan.owned.names}
+        self.sizes = [shard_size(plan.owned.size, self.world.count) for plan in self.plans]  # of this rank's shards
         count = len(self.layers)
         self.versions = [0] * count
         self._copied = [0] * count  # the version of the copy that is kept on the device
@@ -118,37 +116,35 @@ class Store:
     def gather(self, index: int) -> None:
         """Starts bringing layer `index` to the device. Kept there: it is there, or is renewed."""
         self._submit_updates(index + AHEAD)
-        for owner in sorted({self.owner[name] for name in self.plans[index].reads.names}):
+        for owner in self.plans[index].owners:
             if self.kept[owner] is not None and self._copied[owner] != self.versions[owner]:
                 self._renew(owner)
-        if self._pieces[index]:
+        if self._streamed[index]:
             slot = self._slots.take()
-            slot.fill(index, self._version(index), lambda after: self._bring(index, slot, after))
+            slot.fill(index, self._version(index), lambda after: self._fill(index, slot, after))
             self._held[index] = slot
 
     def get(self, index: int) -> tuple[Layer, list[Event]]:
         """Layer `index` and the events behind which its arithmetic must stand, once `gather` has been called."""
-        layer, after = self.layers[index], []
-        for name in self.plans[index].reads.names:
-            owner = self.owner[name]
-            if self.kept[owner] is not None and self._fresh[owner] is not None:
-                after.append(self._fresh[owner])
+        layer = self.layers[index]
+        after = [self._fresh[owner] for owner in self.plans[index].owners if self.kept[owner] is not None]
         if index in self._held:
             slot = self._held[index]
             after.append(slot.use(index, self._version(index)))
-            flat, layout = slot.memory.view(self.dtype), self._slot_layouts[index]
-            for i, name in enumerate(layout.names):
-                layer.parameters[name].data = parameter_view(flat, layout, i)
-        return layer, list(dict.fromkeys(after))
+            for owner, flat in self._stretches(index, slot).items():
+                layout = self.plans[owner].owned
+                for i, name in enumerate(layout.names):
+                    if name in layer.parameters:
+                        layer.parameters[name].data = parameter_view(flat, layout, i)
+        return layer, _there(*after)
 
     def release(self, index: int, event: Event) -> None:
         """Gives back the device memory that `gather` took, once `event`, the layer's last arithmetic, is done."""
-        for name in self.plans[index].reads.names:
-            self._read[self.owner[name]]["compute"] = event
+        for owner in self.plans[index].owners:
+            self._read[owner]["compute"] = event
         if index in self._held:
             slot = self._held.pop(index)
-            for name in self._slot_layouts[index].names:
-                self._hide(self.layers[index].parameters[name])
+            self._hide(index)
             if self.lanes.hunting:
                 _, event = self.lanes.compute("poison", lambda: self.lanes.poison(slot.memory), [event])
             slot.drain(event)
@@ -170,8 +166,8 @@ class Store:
         self._read[index] = {}
         if self.placement.state[index] == "device":
             _, event = self.lanes.compute(what, lambda: work(self.records[index]), after)
-            self._copied[index] = self.versions[index] + 1
-            self._updated[index] = self._working[index] = self._fresh[index] = self._spent[index] = event
+            self._updated[index] = self._working[index] = self._spent[index] = event
+            self._note_in_place(index, event)
         elif self.placement.state[index] == "host":
             event = self.lanes.submit("optimizer", what, lambda: work(self.records[index]), after, nbytes)
             self._updated[index] = self._working[index] = self._spent[index] = event
@@ -199,9 +195,8 @@ class Store:
         """Takes every buffer back from a walk that an error has ended."""
         with contextlib.suppress(Exception):  # the lanes' own error has been raised already
             self.lanes.settle()
-        for index in list(self._held):
-            for name in self._slot_layouts[index].names:
-                self._hide(self.layers[index].parameters[name])
+        for index in self._held:
+            self._hide(index)
         self._held.clear()
         self._slots.reset()
         if self.disk_records is not None:
@@ -237,9 +232,8 @@ class Store:
                 self.snapshot.gate(index, record)
             yield record
         if writing:
+            self._note_in_place(index, None)
             self.versions[index] += 1
-            if self.placement.state[index] == "device":
-                self._copied[index] = self.versions[index]
 
     @contextlib.contextmanager
     def peek(self, index: int) -> Iterator[Record]:
@@ -286,6 +280,8 @@ class Store:
             with self.record(index, writing=True) as record:
                 record.memory.zero_()
                 for name in names:
+                    if name not in record.parts:
+                        continue
                     value = torch.empty(self.shape(name))
                     initial(name, value)
                     record.set_master(name, value)
@@ -294,48 +290,50 @@ class Store:
 
     def _allocate(self, wanted: Needs) -> None:
         """Takes the arenas apart."""
-        place, width, indices = self.placement, self.dtype.itemsize, range(len(self.layers))
+        place, width, indices, world = self.placement, self.dtype.itemsize, range(len(self.layers)), self.world
+        self._wholes = whole_sizes(self.plans, world.count)
         self.aside = self.host.allocate(wanted.aside)  # a Snapshot's
         self.records: list[Record | None] = [None] * len(indices)  # in memory; None: on the disk
         self.kept: list[Tensor | None] = [None] * len(indices)  # working weights on the device for good
         self.near: list[Tensor | None] = [None] * len(indices)  # working weights on the host, before a disk
         self.gradients: list[Tensor | None] = [None] * len(indices)  # on the host, before AdamW there
         for i, plan in enumerate(self.plans):
-            size, home, weights = plan.owned.size, place.state[i], place.weights[i]
+            size, home, weights = self.sizes[i], place.state[i], place.weights[i]
             if home == "disk":
                 if weights != "disk":
                     self.near[i] = self.host.allocate(size * width).view(self.dtype)
             else:
                 memory = (self.lanes if home == "device" else self.host).allocate(size * self.format.record)
-                self.records[i] = Record(plan.owned, self.format, memory)
-            if home == "device":
+                self.records[i] = Record(plan.owned, self.format, memory, world.rank, world.count)
+            if self._in_place(i):
                 self.kept[i] = self.records[i].flat["working"]
             elif weights == "device":
-                self.kept[i] = self.lanes.allocate(size * width).view(self.dtype)
+                self.kept[i] = self.lanes.allocate(self._wholes[i] * width).view(self.dtype)
             if self.format.training and (home == "host" or (home == "disk" and place.visits > 1)):
                 several = place.visits > 1
-                self.gradients[i] = self.host.allocate(plan.reads.size * 4 if several else size * width)
-        self._traffic = [plan.owned.size * self.format.traffic for plan in self.plans]
+                nbytes = sums_size(plan, self.sizes) * 4 if several else size * width
+                self.gradients[i] = self.host.allocate(nbytes)
+        self._traffic = [size * self.format.traffic for size in self.sizes]
         ring = [Buffer(f"slot {i}", self.lanes.allocate(wanted.slot)) for i in range(SLOTS)]
         self._slots = Ring(ring if wanted.slot else [])
-        streamed = [[name for name in plan.reads.names if self.kept[self.owner[name]] is None] for plan in self.plans]
-        shapes = [dict(zip(plan.reads.names, plan.reads.shapes, strict=True)) for plan in self.plans]
-        self._slot_layouts = [Layout.of({name: shapes[i][name] for name in streamed[i]}) for i in indices]
-        self._pieces = [self._pieces_of(layout) for layout in self._slot_layouts]
+        self._streamed = [streamed(plan, place) for plan in self.plans]
 
-    def _pieces_of(self, slot: Layout) -> list[Piece]:
-        """What to copy into a slot, neighbours in one piece."""
-        pieces: list[Piece] = []
-        for i, name in enumerate(slot.names):
-            owned = self.plans[self.owner[name]].owned
-            end = slot.starts[i + 1] if i + 1 < len(slot.names) else slot.size
-            piece = Piece(self.owner[name], owned.starts[owned.names.index(name)], slot.starts[i], end - slot.starts[i])
-            last = pieces[-1] if pieces else None
-            if last and (last.owner, last.source + last.size) == (piece.owner, piece.source):
-                pieces[-1] = Piece(last.owner, last.source, last.slot, last.size + piece.size)
-            else:
-                pieces.append(piece)
-        return pieces
+    def _in_place(self, index: int) -> bool:
+        """Whether the record itself is what the device computes with."""
+        return self.placement.state[index] == "device" and self.world.count == 1
+
+    def _note_in_place(self, index: int, event: Event | None) -> None:
+        """The next version is there without a copy, behind `event`, where the record is what is computed with."""
+        if self._in_place(index):
+            self._copied[index], self._fresh[index] = self.versions[index] + 1, event
+
+    def _stretches(self, index: int, slot: Buffer) -> dict[int, Tensor]:
+        """What a slot of layer `index` holds, owner by owner: the whole of its working weights."""
+        flat, found, end = slot.memory.view(self.dtype), {}, 0
+        for owner in self._streamed[index]:
+            found[owner] = flat[end : end + self._wholes[owner]]
+            end += self._wholes[owner]
+        return found
 
     def _adopt_parameters(self) -> None:
         nan = torch.full((), float("nan"), dtype=self.dtype, device=self.device)
@@ -354,58 +352,70 @@ class Store:
                 torch.utils.swap_tensors(parameter, nn.Parameter(there.data, requires_grad=self.format.training))
         self._nan = nan
 
-    def _hide(self, parameter: nn.Parameter) -> None:
-        parameter.data = self._nan.expand(parameter.shape)
+    def _hide(self, index: int) -> None:
+        """Sets what layer `index` has read from a slot to NaN."""
+        for name, parameter in self.layers[index].parameters.items():
+            if self.owner[name] in self._streamed[index]:
+                parameter.data = self._nan.expand(parameter.shape)
 
     # Copies --------------------------------------------------------------------------------------------------------
 
     def _version(self, index: int) -> tuple[int, ...]:
         """Of everything that a slot of layer `index` holds."""
-        return tuple(self.versions[piece.owner] for piece in self._pieces[index])
+        return tuple(self.versions[owner] for owner in self._streamed[index])
 
     def _renew(self, owner: int) -> None:
-        """Copies the working weights to where they are kept on the device."""
-        source = self._host_weights(owner)
-        after = _there(self._working[owner], self._read[owner].get("compute"))
-        event = self.lanes.submit(
-            "down",
-            f"{self.layers[owner].name} weights",
-            lambda: self.lanes.copy(self.kept[owner], source),
-            after,
-            source.nbytes,
-        )
-        self._fresh[owner] = self._read[owner]["down"] = event
+        """Brings the working weights to where they are kept on the device."""
+        after = _there(self._read[owner].get("compute"))
+        self._fresh[owner] = self._bring(owner, self.layers[owner].name, self.kept[owner], after)
         self._copied[owner] = self.versions[owner]
 
-    def _host_weights(self, owner: int) -> Tensor:
-        return self.records[owner].flat["working"] if self.near[owner] is None else self.near[owner]
+    def _fill(self, index: int, slot: Buffer, after: list[Event]) -> Event:
+        """Submits what fills a slot; returns the last one's event."""
+        events = [
+            self._bring(owner, self.layers[index].name, there, after)
+            for owner, there in self._stretches(index, slot).items()
+        ]
+        return events[-1]
 
-    def _bring(self, index: int, slot: Buffer, after: list[Event]) -> Event:
-        """Submits the copies into a slot, each behind what makes its source ready; returns the last one's event."""
-        flat, name = slot.memory.view(self.dtype), self.layers[index].name
-        for owner in dict.fromkeys(piece.owner for piece in self._pieces[index]):
-            pieces = [piece for piece in self._pieces[index] if piece.owner == owner]
-            fetched = None
-            if self.placement.weights[owner] == "disk":
-                version, before = self.versions[owner], _there(self._updated[owner])
-                fetched, event = self.disk_records.fetch(owner, version, before)
-                source, ready = fetched.memory.view(self.dtype), [event]
-                self._read[owner]["read"] = event
-            else:
-                source, ready = self._host_weights(owner), _there(self._working[owner])
+    def _bring(self, owner: int, name: str, there: Tensor, after: list[Event]) -> Event:
+        """Submits bringing `owner`'s working weights, which layer `name` asks for, to `there` on the device: this
+        rank's shard, where it is not there already, then all the others'."""
+        size, rank, ranks = self.sizes[owner], self.world.rank, self.world.count
+        mine, ready = there[rank * size : (rank + 1) * size], [*after, *_there(self._working[owner])]
+        if self.placement.state[owner] == "device":
+            mine = self.records[owner].flat["working"]
+        else:
+            ready = [self._send_down(owner, name, mine, after)]
+        if ranks == 1:
+            return ready[0]
 
-            def copy(pieces=pieces, source=source, fetched=fetched) -> None:
-                for piece in pieces:
-                    there = flat[piece.slot : piece.slot + piece.size]
-                    self.lanes.copy(there, source[piece.source : piece.source + piece.size])
-                if fetched is not None:
-                    self.lanes.poison(fetched.memory)
+        nbytes = (ranks - 1) * mine.nbytes
+        event = self.lanes.submit("wire", f"{name} weights", lambda: self.world.all_gather(there, mine), ready, nbytes)
+        if self.placement.state[owner] == "device":
+            self._read[owner]["wire"] = event
+        return event
 
-            nbytes = sum(piece.size for piece in pieces) * self.dtype.itemsize
-            event = self.lanes.submit("down", f"{name} weights", copy, [*after, *ready], nbytes)
-            self._read[owner]["down"] = event
+    def _send_down(self, owner: int, name: str, there: Tensor, after: list[Event]) -> Event:
+        """Submits copying this rank's shard of `owner`'s working weights to the device."""
+        fetched = None
+        if self.placement.weights[owner] == "disk":
+            fetched, event = self.disk_records.fetch(owner, self.versions[owner], _there(self._updated[owner]))
+            source, ready = fetched.memory.view(self.dtype)[: there.numel()], [event]
+            self._read[owner]["read"] = event
+        else:
+            near = self.near[owner]
+            source, ready = self.records[owner].flat["working"] if near is None else near, _there(self._working[owner])
+
+        def work() -> None:
+            self.lanes.copy(there, source)
             if fetched is not None:
-                fetched.drain(event)
+                self.lanes.poison(fetched.memory)
+
+        event = self.lanes.submit("down", f"{name} weights", work, [*after, *ready], there.nbytes)
+        self._read[owner]["down"] = event
+        if fetched is not None:
+            fetched.drain(event)
         return event
 
     # The disk ------------------------------------------------------------------------------------------------------

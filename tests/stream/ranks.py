@@ -1,0 +1,85 @@
+"""Several ranks in one process, a thread each, which exchange through shared memory: the World of tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from cgpt.world import World
+
+Result = TypeVar("Result")
+
+
+class ThreadWorld(World):
+    """Rank `rank` of those that meet at `tables`; wire and caller's thread meet each at its own. pause: called before
+    every collective."""
+
+    def __init__(self, rank: int, tables: dict[str, _Table], pause: Callable[[], None] = lambda: None):
+        self.rank = self.local_rank = rank
+        self.count = self.local_count = tables["wire"].barrier.parties
+        self.sent = 0
+        self._tables, self._pause = tables, pause
+
+    def all_gather(self, whole, part):
+        self.sent += part.nbytes * (self.count - 1)
+        for rank, piece in enumerate(self._meet("wire", part.clone())):
+            whole[rank * part.numel() : (rank + 1) * part.numel()] = piece
+
+    def exchange(self, received, sent, received_sizes: Sequence[int], sent_sizes: Sequence[int]):
+        self.sent += (sum(sent_sizes) - sent_sizes[self.rank]) * sent.itemsize
+        pieces = [piece.clone() for piece in sent.split(list(sent_sizes))]
+        end = 0
+        for gave, size in zip(self._meet("wire", pieces), received_sizes, strict=True):
+            assert gave[self.rank].numel() == size
+            received[end : end + size] = gave[self.rank]
+            end += size
+
+    def tell(self, value: Any) -> list[Any]:
+        return self._meet("talk", value)
+
+    def _meet(self, table: str, value: Any) -> list[Any]:
+        self._pause()
+        return self._tables[table].meet(self.rank, value)
+
+
+class _Table:
+    """Where ranks lay something down and take what all have laid."""
+
+    def __init__(self, count: int):
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.laid: list[Any] = [None] * count
+
+    def meet(self, rank: int, value: Any) -> list[Any]:
+        self.laid[rank] = value
+        self.barrier.wait()
+        found = list(self.laid)
+        self.barrier.wait()
+        return found
+
+
+def on_ranks(count: int, work: Callable[[World], Result], pause: Callable[[], None] = lambda: None) -> list[Result]:
+    """What `work` returns on each of `count` ranks. Raises the first error of any, and lets the others go."""
+    if count == 1:
+        return [work(World())]
+    tables = {name: _Table(count) for name in ("wire", "talk")}
+    results: list[Any] = [None] * count
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(ThreadWorld(rank, tables, pause))
+        except BaseException as error:
+            if not isinstance(error, threading.BrokenBarrierError):
+                errors.append(error)
+            for table in tables.values():
+                table.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
