@@ -137,11 +137,11 @@ def test_every_flag_is_told_but_those_of_a_machine():
     config = TrainConfig(data="text", lr=0.1, out=Path("run"))
     told = facts(config)
     assert {"cgpt-ext", "torch", "python", "files of cgpt-ext", "instruction set"} < set(told)
-    assert (told["--lr"], told["--out"], told["--resume"]) == (0.1, "run", False)
+    assert (told["--lr"], told["--out"], told["--timeline"]) == (0.1, "run", False)
     assert differing(told, facts(replace(config, lr=0.2))) == {"--lr"}
     assert differing(told, facts(replace(config, track=("wandb",)))) == {"--track"}
     other = replace(config, device_memory="1GiB", host_memory="2GiB", disk=Path("d"), hang_timeout=9.0, devices=2)
-    assert differing(told, facts(replace(other, max_restarts=1))) == set()
+    assert differing(told, facts(replace(other, max_restarts=1, resume=True))) == set()
 
 
 def test_what_files_made_of_the_same_flags_is_told():

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from cgpt.recipe import Recipe
     from cgpt.train_flags import TrainConfig
 
-OF_THE_MACHINE = (  # flags that may be others on another machine; joined() sees to the last two
-    "device_memory", "host_memory", "disk", "hang_timeout", "devices", "max_restarts",
+OF_THE_MACHINE = (  # flags that may be others on another machine; launch.py sees to the last two, rank 0 to --resume
+    "device_memory", "host_memory", "disk", "hang_timeout", "resume", "devices", "max_restarts",
 )  # fmt: skip
 BLOCK, BLOCKS = 4096, 1024  # elements that are hashed in a row, and how often at most
 

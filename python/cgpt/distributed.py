@@ -1,4 +1,4 @@
-"""The World of a process that torchrun has started; the only file that imports torch.distributed.
+"""The World of a process that torchrun has started; all that imports torch.distributed, but for its agent in launch.py.
 
     wire      default group, nccl on GPUs and gloo on CPUs: weights and gradients, by the lane of that name alone
     talk      gloo: JSON, on the caller's thread
@@ -10,8 +10,10 @@ a group a thread. Ranks that share one GPU exchange through host memory, for ncc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,8 @@ from cgpt.errors import InputError
 from cgpt.world import World
 
 PATIENCE = timedelta(hours=24)  # of a group; the watchdog, which can say more, ends a job that hangs long before
+
+ANSWER = timedelta(seconds=1)  # of rank 0, until its name is looked at again
 
 
 def open_world(device: str = "cpu") -> World:
@@ -48,8 +52,9 @@ class TorchWorld(World):
         if device == "cuda":
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         self._staged = device == "cuda" and not alone
-        dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo", timeout=PATIENCE)
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        store, self.rank, self.count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        met = {"store": meet(store, self.rank, self.count), "rank": self.rank, "world_size": self.count}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo", timeout=PATIENCE, **met)
         self._talk = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._files = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -89,6 +94,30 @@ class TorchWorld(World):
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def meet(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """`store` under a name that is of this start of the ranks alone.
+
+    torchrun keeps a job's store when it starts ranks again: one that is quicker than another would find the address of
+    that one's predecessor, and fail. Its count of restarts cannot tell them apart, for on several machines it differs
+    (pytorch/pytorch issue 135712). So rank 0 makes up a name, and each other rank asks under the name that it finds
+    until it is answered: nobody answers under that of a dead rank 0.
+    """
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("cgpt/name", name)
+        for other in range(1, count):
+            question = store.get(f"cgpt/{name}/{other}").decode()
+            store.set(f"cgpt/{name}/{question}", "")
+        return dist.PrefixStore(name, store)
+    question = uuid.uuid4().hex
+    while True:
+        name = store.get("cgpt/name").decode()
+        store.set(f"cgpt/{name}/{rank}", question)
+        with contextlib.suppress(RuntimeError):  # of time
+            store.wait([f"cgpt/{name}/{question}"], ANSWER)
+            return dist.PrefixStore(name, store)
 
 
 def _bytes(x: Tensor) -> Tensor:
