@@ -134,7 +134,7 @@ def test_ranks_that_are_started_again_do_not_meet_their_predecessors(monkeypatch
 
     def start(rank):
         time.sleep(0.3 * (rank == 0))  # the others find what the last rank 0 has left
-        met = distributed.meet(store, rank, 3)
+        met = distributed.own_store(store, rank, 3)
         met.set(f"address of {rank}", f"{turn}")
         names.append([met.get(f"address of {other}").decode() for other in range(3)])
 

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -53,8 +53,8 @@ class TorchWorld(World):
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         self._staged = device == "cuda" and not alone
         store, self.rank, self.count = next(dist.rendezvous("env://", timeout=PATIENCE))
-        met = {"store": meet(store, self.rank, self.count), "rank": self.rank, "world_size": self.count}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo", timeout=PATIENCE, **met)
+        where = {"store": own_store(store, self.rank, self.count), "rank": self.rank, "world_size": self.count}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo", timeout=PATIENCE, **where)
         self._talk = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._files = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -77,10 +77,10 @@ class TorchWorld(World):
         received, sent = _bytes(received), _bytes(sent)
         if self._staged:
             there = torch.empty(received.shape, dtype=torch.uint8)
-            dist.all_to_all_single(there, sent.cpu(), *sizes)
+            _all_to_all(there, sent.cpu(), *sizes)
             received.copy_(there)
             return
-        dist.all_to_all_single(received, sent, *sizes)
+        _all_to_all(received, sent, *sizes)
 
     def tell(self, value: Any) -> list[Any]:
         told = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -96,7 +96,7 @@ class TorchWorld(World):
             dist.destroy_process_group()
 
 
-def meet(store: dist.Store, rank: int, count: int) -> dist.Store:
+def own_store(store: dist.Store, rank: int, count: int) -> dist.Store:
     """`store` under a name that is of this start of the ranks alone.
 
     torchrun keeps a job's store when it starts ranks again: one that is quicker than another would find the address of
@@ -127,4 +127,17 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup | None = None) -> None:
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 gave it the first name
-    gather(whole, part, group=group)
+    _ask(gather, whole, part, group=group)
+
+
+def _all_to_all(received: Tensor, sent: Tensor, *sizes: Sequence[int], group: dist.ProcessGroup | None = None) -> None:
+    _ask(dist.all_to_all_single, received, sent, *sizes, group=group)
+
+
+def _ask(collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Raises ConnectionError, one line, where a rank has died or its link has."""
+    try:
+        collective(*arguments, **options)
+    except RuntimeError as error:  # of no kind of its own
+        why = " ".join(str(error).split()).split(". ")[0]
+        raise ConnectionError(f"rank {dist.get_rank()}: wanted an answer of every rank, got none: {why}") from error
