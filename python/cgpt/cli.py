@@ -189,8 +189,25 @@ def _plan(command: Plan) -> None:
     from cgpt.planning.memory_report import show, to_dict
 
     command.check_model()
-    found = solve(problem(command.model or "13B", command.device or "h100", **command.machine))
+    if command.counts:
+        _curve(command)
+        return
+    kind = command.model or "13B", command.device or "h100"
+    found = solve(problem(*kind, count=command.one_count, **command.machine))
     print(json.dumps(to_dict(found), indent=1) if command.json else show(found))
+
+
+def _curve(command: Plan) -> None:
+    from cgpt.pictures import check_plot
+    from cgpt.planning import curve_report
+    from cgpt.planning.curve import curve
+
+    if command.plot:
+        check_plot(command.plot)
+    found = curve(command.model or "13B", command.device or "h100", command.counts, command.machine)
+    print(json.dumps(curve_report.to_dict(found), indent=1) if command.json else curve_report.show(found))
+    if command.plot:
+        curve_report.plot(found, command.plot)
 
 
 def _propose(command: Plan) -> None:

@@ -1,14 +1,17 @@
 """Schedules that can be computed by hand, on a clock without time."""
 
+import threading
+
 import pytest
 import torch
 
-from cgpt.stream.devices_simulated import SimulatedDevice
-from cgpt.stream.forecast import Rates
+from cgpt.stream.devices_simulated import SimulatedDevice, together
+from cgpt.stream.rates import Rates
 from cgpt.stream.timeline import Timeline
 
 RATES = {"flops": 100.0, "down": 10.0, "up": 5.0, "memory": 20.0, "read": 4.0, "write": 2.0}
 EXACT = 1e-12
+RANKS = [2, 3, 4]
 
 
 def simulated(arena_bytes=0, timeline=None, **rates):
@@ -139,4 +142,82 @@ def test_the_timeline_is_the_clocks():
     timeline.mark(1, 0.0, device.now)
     found = [(span.lane, span.begin, span.end, span.nbytes, span.flops) for span in timeline.spans(1)]
     assert found == [("compute", 3.0, 5.0, 0, 200.0), ("down", 0.0, 3.0, 30, 0.0)]
-    assert timeline.busy(1) == {"compute": 2.0, "down": 3.0, "up": 0.0, "optimizer": 0.0, "read": 0.0, "write": 0.0}
+    assert {lane: busy for lane, busy in timeline.busy(1).items() if busy} == {"compute": 2.0, "down": 3.0}
+
+
+def test_a_collective_begins_when_the_last_rank_comes_and_ends_for_all_at_once():
+    def work(world):
+        device = SimulatedDevice(Rates(**RATES, wire=10.0, wire_latency=0.5), 0, world=world)
+        _, made = device.compute("", nothing, flops=100.0 * (world.rank + 1))
+        first = device.submit("wire", "", nothing, [made], nbytes=20 - 10 * world.rank)
+        second = device.submit("wire", "", nothing, nbytes=10)
+        return made.at, first.at, second.at
+
+    assert together(2, work) == [at((1.0, 4.5, 6.0)), at((2.0, 4.5, 6.0))]  # 2 + 0.5 + 20 / 10, and 0.5 + 10 / 10
+
+
+def test_a_wire_without_others_has_its_rate():
+    device = simulated(wire=4.0, wire_latency=0.25)
+    assert device.submit("wire", "", nothing, nbytes=10).at == at(2.75)
+    assert simulated().submit("wire", "", nothing, nbytes=10).at == 0.0
+
+
+@pytest.mark.parametrize("count", RANKS)
+def test_ranks_get_one_anothers_numbers(count):
+    def work(world):
+        whole = torch.full((3 * count,), -1.0)
+        mine = whole[3 * world.rank : 3 * world.rank + 3]
+        mine.copy_(torch.arange(3.0) + 10 * world.rank)
+        world.all_gather(whole, mine)
+        mine.fill_(-1)  # at once: the others have copied it
+        sizes = [rank + 1 for rank in range(count)]  # rank r gets r + 1 of everyone's
+        sent = torch.cat([torch.full((n,), 100.0 * world.rank + n) for n in sizes])
+        received = torch.empty(count * sizes[world.rank])
+        world.exchange(received, sent, [sizes[world.rank]] * count, sizes)
+        return whole.tolist(), received.tolist(), world.sent, world.tell(world.rank), world.from_first(world.rank)
+
+    for rank, (whole, received, sent, told, first) in enumerate(together(count, work)):
+        want = [10.0 * other + i if other != rank else -1.0 for other in range(count) for i in range(3)]
+        assert whole == want
+        assert received == [100.0 * other + rank + 1 for other in range(count) for _ in range(rank + 1)]
+        assert sent == 4 * (3 * (count - 1) + sum(range(1, count + 1)) - (rank + 1))
+        assert told == list(range(count))
+        assert first == 0
+
+
+def test_who_is_told_something_has_waited_for_the_last():
+    def work(world):
+        device = SimulatedDevice(Rates(**RATES), 0, world=world)
+        device.submit("read", "", nothing, nbytes=20 * world.rank).wait()
+        world.tell(None)
+        return device.caller
+
+    assert together(3, work) == at([10.0, 10.0, 10.0])
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_rank_that_fails_or_leaves_hangs_nobody(leaves):
+    said = []
+
+    def work(world):
+        world.tell(0)
+        if world.rank == 1:
+            if leaves:
+                return
+            raise ZeroDivisionError
+        try:
+            world.tell(1)
+        except threading.BrokenBarrierError as error:
+            said.append(str(error))
+            raise
+
+    with pytest.raises(threading.BrokenBarrierError if leaves else ZeroDivisionError):
+        together(3, work)
+    assert sorted(said) == [f"rank {rank} waits for rank 1, which has left" for rank in (0, 2)]
+
+
+def test_ranks_that_disagree_about_sizes_are_told():
+    with pytest.raises(ValueError, match=r"all_gather: wanted equal parts of 4, got \[2, 3\]"):
+        together(2, lambda world: world.all_gather(torch.empty(4), torch.empty(2 + world.rank)))
+    with pytest.raises(ValueError, match=r"exchange: wanted \[1, 2\] elements, got \[1, 1\]"):
+        together(2, lambda world: world.exchange(torch.empty(3), torch.empty(2), [1, 2], [1, 1]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from cgpt.planning.memory import Found
+from cgpt.planning.memory import Found, Problem
 from cgpt.stream.forecast import exposed_optimizer
 from cgpt.stream.gpt_plans import gpt_plans
-from cgpt.stream.hardware import DRIVE
+from cgpt.stream.hardware import DRIVE, NETWORKS
 from cgpt.stream.limits import bytes_text
 from cgpt.stream.placement import TIERS
 
@@ -21,6 +21,8 @@ def to_dict(found: Found) -> dict:
         "model": problem.model,
         "parameters": problem.shape.n_params,
         "device": problem.hardware.name,
+        "count": problem.count,
+        "node": problem.node,
         "precision": problem.format.precision,
         "moments": problem.format.moments,
         "tokens_per_step": problem.tokens_per_step,
@@ -39,7 +41,7 @@ def to_dict(found: Found) -> dict:
         },
         "forecast": {
             "seconds": walk.seconds,
-            "tokens_per_second": walk.tokens / walk.seconds,
+            "tokens_per_second": found.speed,
             "model_flops_per_second": found.model_flops,
             "mfu": found.model_flops / problem.hardware.peak,
             "binding": walk.binding,
@@ -47,7 +49,7 @@ def to_dict(found: Found) -> dict:
             "lanes": walk.lanes,
             "stalls": walk.stalls,
             "fill": walk.fill,
-            "exposed_optimizer": exposed_optimizer(plans, place, problem.rates, problem.work),
+            "exposed_optimizer": exposed_optimizer(plans, place, problem.rates, found.work),
             "hides_from_tokens": found.hides_from,
         },
         "disk": {
@@ -55,26 +57,35 @@ def to_dict(found: Found) -> dict:
             "written_bytes": walk.disk_written,
             "drive_days": found.drive_days,
         },
-        "rates": asdict(problem.rates),
-        "sources": {
-            "device": problem.hardware.source,
-            "link": problem.link.source,
-            "disk": DRIVE.source,
-        },
+        "rates": asdict(problem.rates) | ({"wire": None} if problem.count == 1 else {}),
+        "sources": sources(problem),
     }
+
+
+def sources(problem: Problem) -> dict[str, str]:
+    """Where the assumed rates come from."""
+    found = {"device": problem.hardware.source, "link": problem.link.source, "disk": DRIVE.source}
+    if problem.count > 1:
+        if problem.sharing > 1:
+            found["peers"] = NETWORKS[problem.hardware.peers].source
+        if problem.count > problem.node:
+            found["network"] = problem.network.source
+    return found
 
 
 def show(found: Found) -> str:
     """For people: the answer first, then what it rests on."""
     row = to_dict(found)
     problem, setting, walk = found.problem, found.setting, row["forecast"]
+    each = "" if problem.count == 1 else " a device"
     lines = {
         "model": f"{row['model']}, {row['parameters']:,} parameters in {row['precision']}, moments in "
-        f"{row['moments']}, on {row['device']}",
+        f"{row['moments']}, on {machines(problem)}",
         "step": f"{walk['seconds']:.4g} s for {row['tokens_per_step']:,} tokens: {walk['tokens_per_second']:,.0f} "
-        f"tokens/s, {walk['model_flops_per_second'] / 1e12:.4g} model TFLOP/s, {100 * walk['mfu']:.1f} % of the peak",
+        f"tokens/s, {walk['model_flops_per_second'] / 1e12:.4g} model TFLOP/s{each}, {100 * walk['mfu']:.1f} % of "
+        "the peak",
         "bound by": _binding(found),
-        "visit": f"{row['tokens_per_visit']:,} tokens in {setting.micro_batches} micro-batches, {row['visits']} "
+        "visit": f"{row['tokens_per_visit']:,} tokens{each} in {setting.micro_batches} micro-batches, {row['visits']} "
         f"visit{'s' * (row['visits'] > 1)} a step; activations on the {row['activations']}, "
         f"{sum(layer['recompute'] for layer in row['layers'])} of {len(row['layers'])} layers recomputed",
         "state": _tiers([layer["state"] for layer in row["layers"]]),
@@ -92,13 +103,31 @@ def show(found: Found) -> str:
             f"{row['disk']['written_bytes'] / 1e12:.3g} TB written a step; {row['disk']['drive_days']:,.0f} days of a "
             f"drive's rated life"
         )
+    lines["assumed"] = assumed(problem)
+    lines["sources"] = "; ".join(source for name, source in row["sources"].items() if name != "disk")
+    return "\n".join(f"{name:9} {text}" for name, text in lines.items())
+
+
+def machines(problem: Problem) -> str:
+    """What a step is done on, such as 16 x NVIDIA H100 SXM, 8 a machine."""
+    if problem.count == 1:
+        return problem.hardware.name
+    together = f", {problem.sharing} a machine" if problem.sharing > 1 else ""
+    return f"{problem.count} x {problem.hardware.name}{together}"
+
+
+def assumed(problem: Problem) -> str:
+    """A device's rates."""
     rates = problem.rates
-    lines["assumed"] = (
+    told = (
         f"{rates.flops / 1e12:.4g} TFLOP/s sustained of {problem.hardware.peak / 1e12:.4g}, link "
         f"{rates.down / 1e9:.3g} GB/s each way, host memory {rates.memory / 1e9:.3g} GB/s"
     )
-    lines["sources"] = "; ".join(row["sources"][name] for name in ("device", "link"))
-    return "\n".join(f"{name:9} {text}" for name, text in lines.items())
+    if problem.count > 1:
+        told += f", {rates.wire / 1e9:.3g} GB/s from the other devices and {1e6 * rates.wire_latency:.3g} us a call"
+        if problem.sharing > 1:
+            told += f"; the {problem.sharing} devices of a machine share its host memory and disk"
+    return told
 
 
 def _binding(found: Found) -> str:

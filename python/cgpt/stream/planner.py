@@ -28,7 +28,7 @@ from cgpt.stream.placement import Placement
 class Setting:
     """How a step is walked: `visits` of all layers by `micro_batches` of `micro_batch_tokens` tokens, with activations
     `width` wide between layers. beside: the tier of torch's own memory (account.py), `cache` bytes of it for keys and
-    values."""
+    values. ranks: devices that share the step; visits, micro_batches and budgets are of each."""
 
     format: Format
     micro_batch_tokens: int
@@ -37,6 +37,7 @@ class Setting:
     visits: int = 1
     beside: str = "device"
     cache: int = 0
+    ranks: int = 1
 
 
 class DoesNotFit(InputError):
@@ -160,6 +161,7 @@ class _Search:
             micro_batches=setting.micro_batches,
             visits=setting.visits,
             boundary=boundary_bytes(setting.format, setting.micro_batch_tokens, setting.width),
+            ranks=setting.ranks,
         )
 
 

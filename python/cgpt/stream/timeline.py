@@ -15,7 +15,7 @@ from pathlib import Path
 from cgpt.files import write_atomically
 
 SPANS = 1 << 17  # kept at most, some 50 MB; a step of 100 layers and 16 micro-batches has a twentieth
-ROWS = ("compute", "down", "up", "optimizer", "read", "write")
+ROWS = ("compute", "down", "up", "wire", "optimizer", "read", "write")
 
 
 @dataclass(frozen=True)

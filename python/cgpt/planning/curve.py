@@ -1,0 +1,117 @@
+"""How much faster a model trains on more devices, and for want of what it stops: `cgpt plan --count 1..4096`.
+
+The step stays as large (strong scaling), so a device's share of it shrinks as devices are added, and so does its share
+of the state: more of that becomes resident. Each count is placed anew, as `cgpt plan` does for one.
+
+    speed-up      tokens/s over those of the first count that fits
+    efficiency    tokens/s a device over the most that any count up to this one reaches
+
+What binds is the lane that arithmetic waits for, and of the wire whether it is its rate or its latency; "batch" where
+it hardly waits and devices are idle instead, for micro-batches do not divide evenly among them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cgpt.errors import InputError
+from cgpt.planning.memory import Found, Problem, problem, solve
+from cgpt.stream.forecast import forecast
+from cgpt.stream.gpt_plans import gpt_plans
+from cgpt.stream.rates import BOUND
+
+LINEAR = 0.9  # efficiency from which on speed is called linear
+
+
+@dataclass(frozen=True)
+class Row:
+    """One count. found: the fastest setting, None where nothing fits and `why`. speed_up, efficiency: section head."""
+
+    count: int
+    found: Found | None
+    why: str = ""
+    speed_up: float = 0.0
+    efficiency: float = 0.0
+
+    @property
+    def binding(self) -> str:
+        """What would make it faster: a lane, "latency" of the wire, or "batch"."""
+        walk = self.found.forecast
+        if walk.binding == "compute" and self.idle > BOUND:
+            return "batch"
+        if walk.binding == "wire" and self._latency() > walk.stalls["wire"] / 2:
+            return "latency"
+        return walk.binding
+
+    @property
+    def idle(self) -> float:
+        """Share of the devices' turns without a micro-batch, the last turn of a step being short of some."""
+        asked, setting = self.found.problem, self.found.setting
+        turns = -(-asked.tokens_per_step // (setting.micro_batch_tokens * self.count))
+        return 1 - asked.tokens_per_step / (turns * setting.micro_batch_tokens * self.count)
+
+    def _latency(self) -> float:
+        """Seconds of the step that collectives' latency costs."""
+        found = self.found
+        rates = replace(found.problem.rates, wire_latency=0.0)
+        plans = gpt_plans(found.problem.shape)
+        return found.forecast.seconds - forecast(plans, found.placement, rates, found.work).seconds
+
+
+@dataclass(frozen=True)
+class Curve:
+    """rows: by count, ascending."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def fitting(self) -> list[Row]:
+        return [row for row in self.rows if row.found is not None]
+
+    @property
+    def problem(self) -> Problem:
+        """The largest that fits."""
+        return self.fitting[-1].found.problem
+
+    @property
+    def linear_until(self) -> Row | None:
+        """The last count whose efficiency is not below LINEAR."""
+        return max((row for row in self.fitting if row.efficiency >= LINEAR), key=lambda row: row.count)
+
+    @property
+    def bent(self) -> Row | None:
+        """The count from which on it is; None where it never is."""
+        return next((row for row in self.fitting if row.count > self.linear_until.count), None)
+
+
+def curve(model: str, device: str, counts: Sequence[int], machine: Mapping[str, Any]) -> Curve:
+    """Of a model on each of `counts` devices, ascending. machine: arguments of `problem`. Raises InputError where what
+    is asked is wrong, or no count fits."""
+    asked = problem(model, device, **machine)
+    rows: list[Row] = []
+    for count in counts:
+        if count > asked.sequences:
+            rows.append(Row(count, None, f"more devices than the {asked.sequences:,} sequences of a step"))
+            continue
+        shared = problem(model, device, count=count, **machine)
+        try:
+            rows.append(Row(count, solve(shared)))
+        except InputError as refusal:
+            rows.append(Row(count, None, str(refusal)))
+    if all(row.found is None for row in rows):
+        raise InputError(rows[-1].why if len(rows) == 1 else f"--count: wanted one that fits, got {rows[-1].why}")
+    return Curve(tuple(_compared(rows)))
+
+
+def _compared(rows: list[Row]) -> list[Row]:
+    first = next(row.found.speed for row in rows if row.found is not None)
+    best, compared = 0.0, []
+    for row in rows:
+        if row.found is not None:
+            each = row.found.speed / row.count
+            best = max(best, each)
+            row = replace(row, speed_up=row.found.speed / first, efficiency=each / best)
+        compared.append(row)
+    return compared
