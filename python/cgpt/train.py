@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -202,20 +203,26 @@ def resume_command(folder: Path) -> str:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM arrives; the second signal acts as if nobody listened."""
+    """A list that is empty until SIGINT or SIGTERM arrives; the second signal acts as if nobody listened.
+
+    On one of several ranks the same signal may come twice, from whoever ends the job and from torchrun, which passes it
+    on: the second is then none.
+    """
     got: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield got
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+
     def note(number, _frame) -> None:
         got.append(number)
-        restore()
+        restore(number if several else None)
 
-    def restore() -> None:
+    def restore(but: int | None = None) -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if number == but else handler)
 
     for number in before:
         signal.signal(number, note)
