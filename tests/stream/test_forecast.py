@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from cgpt.stream import forecast as module
-from cgpt.stream.forecast import Forecast, Rates, Work, exposed_optimizer, forecast, hides
+from cgpt.stream.forecast import exposed_optimizer, forecast
 from cgpt.stream.format import Format
 from cgpt.stream.layout import layers_plan
 from cgpt.stream.placement import Placement
+from cgpt.stream.rates import Forecast, Rates, Work, hides
 
 L, P, TINY = 24, 1 << 20, 1024  # blocks of P elements between an embedding and a head of a chunk
 PLANS = layers_plan(
@@ -127,7 +128,7 @@ def test_forward_hides_the_weights_from_its_threshold_on():
     rates = replace(RATES, up=1e12)
     above, below = step(tokens=1.1 * threshold, rates=rates), step(tokens=0.5 * threshold, rates=rates)
     assert above.binding == "compute"
-    assert sum(above.stalls.values()) < 1.1 * fetch  # the first layer's
+    assert sum(above.stalls.values()) < 2.1 * fetch  # the first layer's, and the last's behind the head's short turn
     assert below.binding == "down"
     # forward at the link's speed; the fetch before the first and the turn at the top overlap nothing but themselves
     assert below.seconds == pytest.approx(L * fetch + L * block(3, 0.5 * threshold), abs=2 * fetch)

@@ -18,8 +18,9 @@ from typing import Any
 
 from cgpt.errors import InputError
 from cgpt.planning.memory import Found, Problem, problem, solve
-from cgpt.stream.forecast import BOUND, forecast
+from cgpt.stream.forecast import forecast
 from cgpt.stream.gpt_plans import gpt_plans
+from cgpt.stream.rates import BOUND
 
 LINEAR = 0.9  # efficiency from which on speed is called linear
 
