@@ -47,11 +47,11 @@ def write_corpus(folder: Path, words: int = 3000) -> Path:
     return path
 
 
-def start(*arguments: str, cwd: Path, **options) -> subprocess.Popen:
+def start(*arguments: str, cwd: Path, script: str = __file__, **options) -> subprocess.Popen:
     """This file as a process of its own, its caches under `cwd`, one thread, so that several share two cores."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, script, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, env=environment, preexec_fn=hear_interrupts, **pipes, **options)
 
