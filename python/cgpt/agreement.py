@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-import cgpt
 import cgpt_ext
 from cgpt.data.shards import TokenDataset
 from cgpt.errors import InputError
@@ -120,7 +119,7 @@ def sources() -> str:
     """12 hexadecimal digits of a sha256 over the files of both packages, by which two states of one version differ."""
     digest = hashlib.sha256()
     native = Path(_native.__file__)
-    for package in (Path(cgpt.__file__).parent, Path(cgpt_ext.__file__).parent):
+    for package in (Path(__file__).parent, Path(cgpt_ext.__file__).parent):
         for path in sorted({*package.rglob("*.py"), *package.glob(native.name)}):
             digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -82,14 +82,44 @@ class TorchWorld(World):
             return
         _all_to_all(received, sent, *sizes)
 
+    def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
+        whole = part.new_empty(sum(sizes) if self.first else 0)
+        here = self._at_first(part.numel())
+        dist.all_to_all_single(whole, part.reshape(-1), self._of_first(sizes), here, group=self._files)
+        return whole
+
+    def deal_parts(self, whole: Tensor, sizes: Sequence[int]) -> Tensor:
+        part = torch.empty(sizes[self.rank])
+        here = self._at_first(part.numel())
+        dist.all_to_all_single(part, whole if self.first else part[:0], here, self._of_first(sizes), group=self._files)
+        return part
+
+    def meet(self, value: Any) -> list[Any]:
+        return self._tell(value, self._files)
+
     def tell(self, value: Any) -> list[Any]:
-        told = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return self._tell(value, self._talk)
+
+    def _at_first(self, size: int) -> list[int]:
+        """`size` elements to or from rank 0 alone."""
+        return [size] + [0] * (self.count - 1)
+
+    def _of_first(self, sizes: Sequence[int]) -> list[int]:
+        """`sizes` elements to or from every rank, on rank 0 alone."""
+        return list(sizes) if self.first else [0] * self.count
+
+    def _tell(self, value: Any, group: dist.ProcessGroup) -> list[Any]:
+        said = b"" if value is None else json.dumps(value).encode()
+        told = torch.tensor(list(said), dtype=torch.uint8)
         sizes = torch.zeros(self.count, dtype=torch.int64)
-        _all_gather(sizes, torch.tensor([told.numel()]), self._talk)
+        _all_gather(sizes, torch.tensor([told.numel()]), group)
         longest = int(sizes.max())
+        if not longest:  # as most often
+            return [None] * self.count
         rows = torch.zeros(self.count, longest, dtype=torch.uint8)
-        _all_gather(rows.view(-1), torch.nn.functional.pad(told, (0, longest - told.numel())), self._talk)
-        return [json.loads(bytes(row[:size].numpy())) for row, size in zip(rows, sizes.tolist(), strict=True)]
+        _all_gather(rows.view(-1), torch.nn.functional.pad(told, (0, longest - told.numel())), group)
+        said = [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+        return [json.loads(word) if word else None for word in said]
 
     def close(self) -> None:
         if dist.is_initialized():

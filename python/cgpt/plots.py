@@ -12,7 +12,7 @@ import numpy as np
 from cgpt.pictures import blank, plain, write
 
 LOSS = "loss.png"
-LANES = ("compute", "down", "up", "optimizer", "read", "write")  # from the top
+LANES = ("compute", "down", "up", "wire", "optimizer", "read", "write")  # from the top
 COLOURS = {  # by the last word of a span's name
     "forward": "tab:blue",
     "head": "tab:red",

@@ -42,6 +42,21 @@ class World:
         received_sizes[0] from rank 0, and so on. Flat, contiguous, of one dtype on one device."""
         received.copy_(sent)
 
+    # On the thread that saves a checkpoint, or where there is none; in the same order on every rank ----------------
+
+    def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Every rank's `part`, flat on the CPU, side by side in rank order: flat on rank 0, empty elsewhere. sizes: of
+        each rank's, in elements; of some it may be 0."""
+        return part
+
+    def deal_parts(self, whole: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The reverse: this rank's part of rank 0's `whole`, fp32; what the others give is not looked at."""
+        return whole
+
+    def meet(self, value: Any) -> list[Any]:
+        """As `tell`."""
+        return [value]
+
     # On the caller's thread, in the same order on every rank -------------------------------------------------------
 
     def tell(self, value: Any) -> list[Any]:
