@@ -12,6 +12,7 @@ namespace cgpt {
 namespace {
 
 constexpr const char* kOp = "adamw";
+constexpr int64_t kSharedKeys = int64_t(1) << 32;  // elements
 
 std::string item(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
 
@@ -79,13 +80,30 @@ void check_apart(std::vector<Range>& ranges) {
 
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
+void* from(const View& v, int64_t element) { return v.as<char>() + element * bytes_of(v.dtype); }
+
+void check_places(size_t n, const std::vector<int64_t>& places) {
+    const char* name = "rounding_places";
+    if (places.size() != 2 * n)
+        fail(kOp, name, std::to_string(n) + " pairs, as many as params", std::to_string(places.size()) + " numbers");
+    for (size_t i = 0; i < n; ++i) {
+        const int64_t number = places[2 * i], first = places[2 * i + 1];
+        if (number < 0 || number > UINT32_MAX)
+            fail(kOp, item(name, i), "a number from 0 to 2^32 - 1", std::to_string(number));
+        if (first < 0 || first > kLastPlace || first % kPlaceStep != 0)
+            fail(kOp, item(name, i), "a first element from 0 to 2^62, a multiple of " + std::to_string(kPlaceStep),
+                 std::to_string(first));
+    }
+}
+
 }  // namespace
 
 void adamw(const std::vector<View>& params, const std::vector<View>& grads, const std::vector<View>& exp_avgs,
            const std::vector<View>& exp_avg_sqs, const std::vector<View>& steps, int64_t step, double lr,
            const std::optional<View>& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
            const std::vector<View>& masters, const std::vector<View>& lows, const std::optional<View>& grad_scale,
-           bool maximize, const std::optional<int64_t>& seed, const std::optional<View>& seed_tensor) {
+           bool maximize, const std::optional<int64_t>& seed, const std::optional<View>& seed_tensor,
+           const std::optional<std::vector<int64_t>>& rounding_places) {
     const size_t n = params.size();
     check_count("grads", n, grads.size());
     check_count("exp_avgs", n, exp_avgs.size());
@@ -97,6 +115,7 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
     const bool half_states = stochastic && n != 0 && exp_avgs[0].dtype == DType::bf16;
     if (stochastic && !half_states && !(masters.empty() && lows.empty()))
         fail(kOp, "stochastic_rounding_seed", "None where masters or lows are given", "a seed");
+    if (rounding_places) check_places(n, *rounding_places);
     if (steps.size() > 1) check_count("step", n, steps.size());
     if (steps.empty() && step < 1) fail(kOp, "step", "at least 1", std::to_string(step));
     if (!(beta1 >= 0.0 && beta1 < 1.0)) fail(kOp, "beta1", "in [0, 1)", std::to_string(beta1));
@@ -136,9 +155,16 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
         const View* own = steps.empty() ? nullptr : steps.size() == 1 ? &steps[0] : &steps[i];
         const int64_t numel = p.numel();
         if (numel == 0) continue;
-        tensors.push_back({p.data, grads[i].data, exp_avgs[i].data, exp_avg_sqs[i].data,
-                           rests.empty() ? nullptr : rests[i].data, own ? own->data : nullptr, numel, p.dtype,
-                           grads[i].dtype, states, static_cast<int64_t>(i)});
+        const View* rest = rests.empty() ? nullptr : &rests[i];
+        const auto number = static_cast<uint32_t>(rounding_places ? (*rounding_places)[2 * i] : i);
+        const int64_t counted = rounding_places ? (*rounding_places)[2 * i + 1] : 0;
+        for (int64_t begin = 0; begin < numel;) {
+            const int64_t at = counted + begin, count = std::min(numel - begin, kSharedKeys - at % kSharedKeys);
+            tensors.push_back({from(p, begin), from(grads[i], begin), from(exp_avgs[i], begin),
+                               from(exp_avg_sqs[i], begin), rest ? from(*rest, begin) : nullptr,
+                               own ? own->data : nullptr, count, p.dtype, grads[i].dtype, states, number, at});
+            begin += count;
+        }
         auto add = [&](const char* list, const View& v, int64_t bytes, bool written) {
             ranges.push_back({v.as<char>(), v.as<char>() + numel * bytes, written, list, i});
         };
@@ -146,8 +172,7 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
         add("grads", grads[i], bytes_of(grads[i].dtype), false);
         add("exp_avgs", exp_avgs[i], bytes_of(states), true);
         add("exp_avg_sqs", exp_avg_sqs[i], bytes_of(states), true);
-        if (!rests.empty())
-            add(weights == Weights::master ? "masters" : "lows", rests[i], bytes_of(rests[i].dtype), true);
+        if (rest) add(weights == Weights::master ? "masters" : "lows", *rest, bytes_of(rest->dtype), true);
     }
     for (size_t i = 0; i < steps.size(); ++i) {
         const std::string name = steps.size() == 1 ? "step" : item("step", i);
@@ -180,7 +205,7 @@ void adamw(const std::vector<View>& params, const std::vector<View>& grads, cons
     if (first.device != Device::cpu) fail_device(kOp, first);
     std::vector<AdamWCoefficients> coefficients;
     coefficients.reserve(tensors.size());
-    for (const AdamWTensor& t : tensors) coefficients.push_back(adamw_coefficients(hyper, t.step, t.index));
+    for (const AdamWTensor& t : tensors) coefficients.push_back(adamw_coefficients(hyper, t.step, t.number, t.first));
     args.coefficients = coefficients.data();
     adamw_cpu(args);
 }

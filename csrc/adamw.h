@@ -19,8 +19,8 @@
 //   split    in the bf16 parameter and an int16 beside it: hi = (bits + 0x8000) >> 16, lo = bits - (hi << 16).
 //            This rounds ties away from zero, so the parameter differs from master.to(bfloat16) on exact ties.
 //
-// Stochastic rounding of element i of the call's tensor number n at step t: bf16 = (bits + (r >> 16)) >> 16, where r is
-// counted, not drawn, so that every owner has the same:
+// Stochastic rounding of element i of tensor number n at step t: bf16 = (bits + (r >> 16)) >> 16, where r is counted,
+// not drawn, so that every owner has the same:
 //
 //   mix(x): x ^= x >> 16, x *= 0x7feb352d, x ^= x >> 15, x *= 0x846ca68b, x ^= x >> 16      modulo 2^32
 //   key_j = k after: k = j; for w in (seed, seed >> 32, t, t >> 32, n, i >> 32): k = mix(k + w + 0x9e3779b9)
@@ -31,9 +31,13 @@
 // stand still: at beta2 = 0.999 it moves by less than half of bf16's last bit. With a split master and a bf16 gradient
 // a step then moves 18 bytes a parameter instead of 26. The Triton kernel takes fp32 moments alone.
 //
-// and i counts the elements as they lie in memory. mix is lowbias32, the hash of 32 bits by two multiplications with
-// the least bias that C. Wellons' search found (Prospecting for Hash Functions, 2018). A vector of a CPU does it lane
-// by lane, which Philox's products of 64 bits (Salmon et al. 2011) would not let it.
+// i counts the elements as they lie in memory. n is the tensor's place in the call and i begins at 0, or a call says
+// otherwise (rounding_places): a piece of a parameter, cut where a rank's share begins, has the parameter's number and
+// begins with the element that it does, so that it is rounded as it is in the whole.
+//
+// mix is lowbias32, the hash of 32 bits by two multiplications with the least bias that C. Wellons' search found
+// (Prospecting for Hash Functions, 2018). A vector of a CPU does it lane by lane, which Philox's products of 64 bits
+// (Salmon et al. 2011) would not let it.
 #pragma once
 
 #include <optional>
@@ -45,8 +49,13 @@
 
 namespace cgpt {
 
+inline constexpr int64_t kPlaceStep = 1024;              // what follows a multiple of 2^32 stays aligned
+inline constexpr int64_t kLastPlace = int64_t(1) << 62;  // no sum of indices overflows
+
 enum class Weights : uint8_t { plain, master, split, stochastic };
 
+// A tensor of the call, or what of it lies between two multiples of 2^32 as its elements are counted: they all share
+// the upper half of their index, and so the keys of their bits.
 struct AdamWTensor {
     void* param;
     const void* grad;
@@ -55,7 +64,8 @@ struct AdamWTensor {
     const void* step;            // 0-d on the device, or null: AdamWHyper::step
     int64_t numel;
     DType dtype, grad_dtype, state_dtype;
-    int64_t index;  // among the call's tensors
+    uint32_t number;  // among the parameters
+    int64_t first;    // the first element's index
 };
 
 struct AdamWArgs {
@@ -68,11 +78,13 @@ struct AdamWArgs {
 
 // `steps` holds no tensor (then `step` counts), one for all parameters, or one each. With a seed, or a tensor that
 // holds it (int64, 0-d), bf16 parameters with nothing beside them and bf16 moments are rounded stochastically.
+// `rounding_places`: where given, n and the first i of each parameter, n below 2^32, i a multiple of kPlaceStep.
 void adamw(const std::vector<View>& params, const std::vector<View>& grads, const std::vector<View>& exp_avgs,
            const std::vector<View>& exp_avg_sqs, const std::vector<View>& steps, int64_t step, double lr,
            const std::optional<View>& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
            const std::vector<View>& masters, const std::vector<View>& lows, const std::optional<View>& grad_scale,
-           bool maximize, const std::optional<int64_t>& seed, const std::optional<View>& seed_tensor);
+           bool maximize, const std::optional<int64_t>& seed, const std::optional<View>& seed_tensor,
+           const std::optional<std::vector<int64_t>>& rounding_places);
 
 // master (fp32) <-> high (bf16) and low (int16), contiguous, on the CPU.
 void split_master(const View& master, const View& high, const View& low);

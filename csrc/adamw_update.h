@@ -28,6 +28,11 @@ struct AdamWHyper {
     const int64_t* seed_tensor;  // or null: seed
 };
 
+// What the random bits of a tensor's elements are counted with.
+struct StochasticKeys {
+    uint32_t first, second;
+};
+
 // The hyperparameters at one step, computed in double and rounded once.
 struct AdamWCoefficients {
     float grad_scale;  // its sign turned to maximize
@@ -37,7 +42,7 @@ struct AdamWCoefficients {
     float minus_step_size;  // -(lr * sqrt(1 - beta2^t) / (1 - beta1^t))
     float eps;              // eps * sqrt(1 - beta2^t)
     bool skip;              // a step below 1 changes nothing
-    uint32_t keys[2];       // of stochastic rounding, before an element's own index
+    StochasticKeys keys;    // of the weights' stochastic rounding
 };
 
 CGPT_SHARED double adamw_scalar(const void* p, DType dtype) {
@@ -74,16 +79,7 @@ CGPT_SHARED uint32_t stochastic_absorb(uint32_t key, uint64_t word) {
     return stochastic_mix(key + static_cast<uint32_t>(word) + 0x9e3779b9u);
 }
 
-// Keys complete for the elements whose index has these upper 32 bits.
-struct StochasticKeys {
-    uint32_t first, second;
-};
-CGPT_SHARED StochasticKeys stochastic_keys(const AdamWCoefficients& c, int64_t i) {
-    const auto high = static_cast<uint64_t>(i) >> 32;
-    return {stochastic_absorb(c.keys[0], high), stochastic_absorb(c.keys[1], high)};
-}
-
-// Those of the same elements' moments, which must not be rounded by the weights' bits.
+// The keys of the moments' bits, which must not be the weights'.
 CGPT_SHARED StochasticKeys stochastic_state_keys(StochasticKeys keys) {
     return {stochastic_absorb(keys.first, 1), stochastic_absorb(keys.second, 1)};
 }
@@ -105,8 +101,9 @@ CGPT_SHARED U stochastic_round(U bits, U nan, U i, StochasticKeys keys) {
     return stochastic_round_by(bits, nan, stochastic_bits(i, keys) >> 16);
 }
 
-// `step`: the tensor's own, or null; `index`: which of the call's tensors it is.
-CGPT_SHARED AdamWCoefficients adamw_coefficients(const AdamWHyper& h, const void* step, int64_t index) {
+// `step`: the tensor's own, or null; `number`, `first`: AdamWTensor's.
+CGPT_SHARED AdamWCoefficients adamw_coefficients(const AdamWHyper& h, const void* step, uint32_t number,
+                                                 int64_t first) {
     const double given = step ? adamw_scalar(step, h.step_dtype) : static_cast<double>(h.step);
     const bool skip = !(given >= 1.0);
     const int64_t t = skip ? 1 : given < 0x1p62 ? static_cast<int64_t>(given) : int64_t(1) << 62;
@@ -124,12 +121,10 @@ CGPT_SHARED AdamWCoefficients adamw_coefficients(const AdamWHyper& h, const void
     c.eps = static_cast<float>(h.eps * root2);
     c.skip = skip;
     const auto seed = static_cast<uint64_t>(h.seed_tensor ? *h.seed_tensor : h.seed), when = static_cast<uint64_t>(t);
-    for (uint32_t j = 0; j < 2; ++j) {
-        uint32_t key = j;
-        for (uint64_t word : {seed, seed >> 32, when, when >> 32, static_cast<uint64_t>(index)})
-            key = stochastic_absorb(key, word);
-        c.keys[j] = key;
-    }
+    const uint64_t high = static_cast<uint64_t>(first) >> 32;
+    c.keys = {0, 1};
+    for (uint64_t word : {seed, seed >> 32, when, when >> 32, static_cast<uint64_t>(number), high})
+        c.keys = {stochastic_absorb(c.keys.first, word), stochastic_absorb(c.keys.second, word)};
     return c;
 }
 

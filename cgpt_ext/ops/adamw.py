@@ -41,6 +41,7 @@ def adamw_(
     grad_scale: Tensor | None = None,
     maximize: bool = False,
     stochastic_rounding_seed: int | Tensor | None = None,
+    rounding_places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """Takes step number `step` (the first is 1) with every parameter, in place.
 
@@ -62,7 +63,11 @@ def adamw_(
             `exp_avgs` and `exp_avg_sqs` are rounded up or down at random instead of to nearest, so that steps below
             their last bit add up on average. The random bits are a function of the seed, the step, the parameter's
             place in `params` and the element's in memory, the same on every device (csrc/adamw.h states it): give
-            lists that step together different seeds. The Triton kernel takes no seed.
+            lists that step together different seeds, or places that say which parameter is which. The Triton kernel
+            takes no seed.
+        rounding_places: (number, first) of each of `params`, for a seed: its random bits are those of the elements
+            first, first + 1, ... of the parameter of that number. So pieces of a parameter step as the whole does.
+            number: below 2^32; first: a multiple of 1024. Default: (its place in `params`, 0).
 
     Raises:
         ValueError: for a wrong shape, layout, device or number. TypeError: for a wrong dtype.
@@ -89,7 +94,7 @@ def adamw_(
     if isinstance(seed, int) and not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"adamw: stochastic_rounding_seed must fit 64 bits, got {seed}")
     seeds = (None, seed) if isinstance(seed, Tensor) else (seed, None)
-    rest = (masters, lows, grad_scale, bool(maximize), *seeds)
+    rest = (masters, lows, grad_scale, bool(maximize), *seeds, _flat(rounding_places))
     params = lists[0]
     _step(*lists, *scalars, *rest)
     if params and not torch.compiler.is_compiling():
@@ -113,6 +118,7 @@ def adamw_ref(
     grad_scale: Tensor | None = None,
     maximize: bool = False,
     stochastic_rounding_seed: int | Tensor | None = None,
+    rounding_places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """`adamw_` in plain torch, any device: the same bits in fp32, the truth where params and states are fp64."""
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -122,6 +128,7 @@ def adamw_ref(
         rate = float(lr)
         c2 = math.sqrt(1.0 - _power(beta2, t))
         step_size = rate * c2 / (1.0 - _power(beta1, t))
+        place = rounding_places[i] if rounding_places else (i, 0)
         half_states = exp_avg.dtype == torch.bfloat16 and stochastic_rounding_seed is not None
         kind = torch.float32 if half_states else exp_avg.dtype
         one_minus_beta1, beta2_, one_minus_beta2, decay, minus_step_size, eps_ = torch.tensor(
@@ -142,12 +149,12 @@ def adamw_ref(
             lows[i].copy_(low)
             p = high
         if half_states:
-            random = _random(exp_avg, int(stochastic_rounding_seed), t, i, state=True)
+            random = _random(exp_avg, int(stochastic_rounding_seed), t, place, state=True)
             m, v = _rounded(m, random >> 16), _rounded(v, random & 0xFFFF)
         exp_avg.copy_(m)
         exp_avg_sq.copy_(v)
         if stochastic_rounding_seed is not None and param.dtype == torch.bfloat16 and not (masters or lows):
-            p = _stochastic(p, param, int(stochastic_rounding_seed), t, i)
+            p = _stochastic(p, param, int(stochastic_rounding_seed), t, place)
         with torch.no_grad():
             param.copy_(p)
 
@@ -209,21 +216,22 @@ def _low_half(x: Tensor) -> Tensor:
     return ((x & 0xFFFF ^ 0x8000) - 0x8000).to(torch.int16)
 
 
-def _stochastic(x: Tensor, like: Tensor, seed: int, step: int, index: int) -> Tensor:
+def _stochastic(x: Tensor, like: Tensor, seed: int, step: int, place: tuple[int, int]) -> Tensor:
     """fp32 `x` rounded to bf16 at random; elements are counted as `like` lies."""
-    return _rounded(x, _random(like, seed, step, index, device=x.device) >> 16)
+    return _rounded(x, _random(like, seed, step, place, device=x.device) >> 16)
 
 
-def _random(like: Tensor, seed: int, step: int, index: int, state: bool = False, device=None) -> Tensor:
+def _random(like: Tensor, seed: int, step: int, place: tuple[int, int], state: bool = False, device=None) -> Tensor:
     """32 bits an element in int64, by the generator of csrc/adamw.h: a parameter's, or its moments'."""
     device = device or like.device
-    i = torch.zeros(like.shape, dtype=torch.int64, device=device)
+    number, first = place
+    i = torch.full(like.shape, first, dtype=torch.int64, device=device)
     for d in range(like.dim()):
         along = torch.arange(like.shape[d], device=device) * like.stride(d)
         i = i + along.view(-1, *[1] * (like.dim() - d - 1))
     keys = []
     for key in (0, 1):
-        for word in (seed, seed >> 32, step, step >> 32, index):
+        for word in (seed, seed >> 32, step, step >> 32, number):
             key = _mix(key + (word & _32_BITS) + 0x9E3779B9 & _32_BITS)
         keys.append(_mix((i >> 32) + key + 0x9E3779B9 & _32_BITS))
     if state:
@@ -285,6 +293,21 @@ def _listed(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(tensors)
 
 
+def _flat(places: Sequence[tuple[int, int]] | None) -> list[int] | None:
+    """`rounding_places` as the op's schema has them; the border knows their bounds. Raises TypeError, ValueError."""
+    if places is None:
+        return None
+    if not isinstance(places, Sequence):
+        raise TypeError(f"adamw: rounding_places must be a list of pairs, got {type(places).__name__}")
+    for i, place in enumerate(places):
+        pair = isinstance(place, Sequence) and len(place) == 2
+        if not pair or any(isinstance(x, bool) or not isinstance(x, int) for x in place):
+            raise TypeError(f"adamw: rounding_places[{i}] must be two ints, got {place!r}")
+        if not all(-(1 << 63) <= x < 1 << 63 for x in place):
+            raise ValueError(f"adamw: rounding_places[{i}] must fit 64 bits, got {place!r}")
+    return [x for place in places for x in place]
+
+
 def _launch(
     params,
     grads,
@@ -304,6 +327,7 @@ def _launch(
     maximize,
     seed,
     seed_tensor,
+    rounding_places,
 ):
     chosen = implementation("adamw", params[0].device.type) if params else "native"
     if chosen == "native":
@@ -326,6 +350,7 @@ def _launch(
             maximize,
             seed,
             seed_tensor,
+            rounding_places,
         )
         return
     stochastic = {} if seed is None and seed_tensor is None else {"stochastic_rounding_seed": seed}
@@ -335,6 +360,8 @@ def _launch(
         raise ValueError("adamw: stochastic_rounding_seed must be None for the Triton kernel, got a seed")
     if seed_tensor is not None:
         stochastic["stochastic_rounding_seed"] = seed_tensor
+    if stochastic and rounding_places:
+        stochastic["rounding_places"] = list(zip(rounding_places[::2], rounding_places[1::2], strict=True))
     if chosen == "triton":
         from cgpt_ext.triton.adamw import adamw_triton as run
     else:
@@ -362,7 +389,7 @@ _step = register(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] steps,"
     " int step, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay,"
     " Tensor(d!)[] masters, Tensor(e!)[] lows, Tensor? grad_scale, bool maximize, int? seed,"
-    " Tensor? seed_tensor) -> ()",
+    " Tensor? seed_tensor, int[]? rounding_places) -> ()",
     _launch,
     lambda *args: None,
 )

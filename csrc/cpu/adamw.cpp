@@ -88,11 +88,13 @@ struct Split {
 
 struct Stochastic {
     uint16_t* param;
+    int64_t counted;  // the first element's index
     StochasticKeys keys;
-    Stochastic(const AdamWTensor& t, StochasticKeys keys) : param(static_cast<uint16_t*>(t.param)), keys(keys) {}
+    Stochastic(const AdamWTensor& t, StochasticKeys keys)
+        : param(static_cast<uint16_t*>(t.param)), counted(t.first), keys(keys) {}
     CGPT_INLINE vf get(int64_t i, int64_t n) const { return as_float(get_bits(param + i, n) << 16); }
     CGPT_INLINE void put(int64_t i, vf x, int64_t n) const {
-        put_bits(param + i, stochastic_round(reinterpret_cast<vu>(x), nan_lanes(x), indices(i), keys), n);
+        put_bits(param + i, stochastic_round(reinterpret_cast<vu>(x), nan_lanes(x), indices(counted + i), keys), n);
     }
 };
 
@@ -115,17 +117,19 @@ struct Moments {
 
 struct HalfMoments {
     uint16_t *m, *v;
+    int64_t counted;  // the first element's index
     StochasticKeys keys;
     HalfMoments(const AdamWTensor& t, StochasticKeys weights)
         : m(static_cast<uint16_t*>(t.exp_avg)),
           v(static_cast<uint16_t*>(t.exp_avg_sq)),
+          counted(t.first),
           keys(stochastic_state_keys(weights)) {}
     CGPT_INLINE void get(int64_t i, vf& first, vf& second, int64_t n) const {
         first = as_float(get_bits(m + i, n) << 16);
         second = as_float(get_bits(v + i, n) << 16);
     }
     CGPT_INLINE void put(int64_t i, vf first, vf second, int64_t n) const {
-        const vu random = stochastic_bits(indices(i), keys);
+        const vu random = stochastic_bits(indices(counted + i), keys);
         put_bits(m + i, stochastic_round_by(reinterpret_cast<vu>(first), nan_lanes(first), random >> 16), n);
         put_bits(v + i, stochastic_round_by(reinterpret_cast<vu>(second), nan_lanes(second), random & 0xffffu), n);
     }
@@ -133,10 +137,9 @@ struct HalfMoments {
 
 template <class Kept, class States, class G>
 void update(const AdamWTensor& t, const AdamWCoefficients& coefficients, int64_t begin, int64_t end) {
-    const AdamWCoefficients c = coefficients;               // a copy of our own: the stores below cannot change it
-    const StochasticKeys keys = stochastic_keys(c, begin);  // a chunk does not cross a multiple of 2^32
-    const Kept kept(t, keys);
-    const States states(t, keys);
+    const AdamWCoefficients c = coefficients;  // a copy of our own: the stores below cannot change it
+    const Kept kept(t, c.keys);
+    const States states(t, c.keys);
     const G* grad = static_cast<const G*>(t.grad);
     for_lanes(end - begin, [&](int64_t offset, auto n) {
         const int64_t i = begin + offset;

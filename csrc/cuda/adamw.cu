@@ -1,7 +1,7 @@
 // AdamW on a GPU: one launch over all tensors. The table of tensors travels as the kernel's argument (CUDA 12.1 and
 // later take 32 KiB of it), so there is no buffer to fill, nothing to wait for, and a CUDA graph may hold the launch.
 // A block finds its tensor by the number of chunks before it, works out the step's coefficients and updates one chunk.
-// Arithmetic and random bits are adamw_update.h's, compiled with -fmad=false; a chunk's elements share the bits' keys.
+// Arithmetic and random bits are adamw_update.h's, compiled with -fmad=false.
 #include <type_traits>
 #include <vector>
 
@@ -18,8 +18,7 @@ using namespace cuda;
 constexpr int kThreads = 256;
 constexpr int kSteps = 8;  // of eight elements a thread
 constexpr int64_t kChunk = int64_t(kThreads) * kVec * kSteps;
-constexpr int kTensors = 440;
-static_assert((int64_t(1) << 32) % kChunk == 0, "the elements of a chunk must share the upper half of their index");
+constexpr int kTensors = 400;
 
 struct Entry {
     void* param;
@@ -27,8 +26,8 @@ struct Entry {
     void *exp_avg, *exp_avg_sq;
     void* rest;
     const void* step;
-    int64_t numel;
-    int64_t index;
+    int64_t numel, first;
+    uint32_t number;
     uint32_t first_chunk;
     bool aligned;  // all five at 16 bytes
 };
@@ -101,7 +100,9 @@ struct Stochastic {
     StochasticKeys keys;
     uint32_t index;
     __device__ __forceinline__ Stochastic(const Entry& e, StochasticKeys keys, int64_t i, int n, bool aligned)
-        : param(load_vec(static_cast<const uint16_t*>(e.param) + i, n, aligned)), keys(keys), index(uint32_t(i)) {}
+        : param(load_vec(static_cast<const uint16_t*>(e.param) + i, n, aligned)),
+          keys(keys),
+          index(uint32_t(e.first + i)) {}
     __device__ __forceinline__ float get(int k) const { return __uint_as_float(uint32_t(param.at[k]) << 16); }
     __device__ __forceinline__ void set(int k, float x) {
         param.at[k] = uint16_t(stochastic_round(__float_as_uint(x), nan_bits(x), index + k, keys));
@@ -137,7 +138,7 @@ struct HalfMoments {
         : m(load_vec(static_cast<const uint16_t*>(e.exp_avg) + i, n, aligned)),
           v(load_vec(static_cast<const uint16_t*>(e.exp_avg_sq) + i, n, aligned)),
           keys(stochastic_state_keys(weights)),
-          index(uint32_t(i)) {}
+          index(uint32_t(e.first + i)) {}
     __device__ __forceinline__ float first(int k) const { return __uint_as_float(uint32_t(m.at[k]) << 16); }
     __device__ __forceinline__ float second(int k) const { return __uint_as_float(uint32_t(v.at[k]) << 16); }
     __device__ __forceinline__ void set(int k, float first, float second) {
@@ -163,19 +164,18 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
             high = middle;
     }
     const Entry& e = table.entries[low];
-    if (threadIdx.x == 0) shared = adamw_coefficients(table.hyper, e.step, e.index);
+    if (threadIdx.x == 0) shared = adamw_coefficients(table.hyper, e.step, e.number, e.first);
     __syncthreads();
     const AdamWCoefficients c = shared;
     if (c.skip) return;
     const int64_t begin = int64_t(blockIdx.x - e.first_chunk) * kChunk;
-    const StochasticKeys keys = stochastic_keys(c, begin);
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
         const int64_t i = begin + (int64_t(step) * kThreads + threadIdx.x) * kVec;
         if (i >= e.numel) return;
         const int n = e.numel - i < kVec ? int(e.numel - i) : kVec;
-        Kept kept(e, keys, i, n, e.aligned);
-        States states(e, keys, i, n, e.aligned);
+        Kept kept(e, c.keys, i, n, e.aligned);
+        States states(e, c.keys, i, n, e.aligned);
         const Vec<G> grad = load_vec(static_cast<const G*>(e.grad) + i, n, e.aligned);
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {
@@ -240,8 +240,8 @@ void adamw_cuda(const AdamWArgs& a, int device_id) {
             for (const void* p : {static_cast<const void*>(t.param), t.grad, static_cast<const void*>(t.exp_avg),
                                   static_cast<const void*>(t.exp_avg_sq), static_cast<const void*>(t.rest)})
                 aligned = aligned && aligned16(p);
-            table.entries[table.count++] = {t.param, t.grad,  t.exp_avg, t.exp_avg_sq, t.rest,
-                                            t.step,  t.numel, t.index,   chunks,       aligned};
+            table.entries[table.count++] = {t.param, t.grad,  t.exp_avg, t.exp_avg_sq, t.rest, t.step,
+                                            t.numel, t.first, t.number,  chunks,       aligned};
             chunks += static_cast<uint32_t>((t.numel + kChunk - 1) / kChunk);
         }
         launch("adamw", kernel_for(a.weights, kind), dim3(chunks), dim3(kThreads), sizeof(AdamWCoefficients), stream,

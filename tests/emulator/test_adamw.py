@@ -9,7 +9,7 @@ from cgpt_ext import adamw_, adamw_ref
 from emulator import emulated
 from numerics import DTYPES
 from test_adamw import HYPER, same_bits, twin  # tests/ops/test_adamw.py
-from test_adamw_stochastic import HALF, KINDS
+from test_adamw_stochastic import FIRSTS, HALF, KINDS, RANDOM, in_pieces, places_of, same_elements
 
 SHAPES = [(1,), (7,), (127, 3), (2, 3, 64), (16385,)]  # the last is one past a chunk
 
@@ -44,6 +44,24 @@ def test_stochastic_rounding_has_the_references_bits(grad_dtype):
         with emulated(order):
             got.step(stochastic_rounding_seed=torch.tensor(2**62 + 1))
         assert same_bits(got.tensors(), want.tensors())
+
+
+@pytest.mark.parametrize("first", FIRSTS[:4])
+@pytest.mark.parametrize(("kind", "half"), RANDOM)
+def test_pieces_are_rounded_as_the_whole(kind, half, first):
+    """On a device or on the CPU, whoever holds them."""
+    sizes = [2048, 3072, 1027]
+
+    def state():
+        return twin([(sum(sizes),)], *KINDS[kind], **half)
+
+    options = {"stochastic_rounding_seed": 2**62 + 7, "steps": 1}
+    want = state().step(adamw_ref, **options, rounding_places=[(7, first)])
+    with emulated():
+        whole = state().step(**options, rounding_places=[(7, first)])
+        pieces = in_pieces(state(), sizes).step(**options, rounding_places=places_of(7, first, sizes))
+    assert same_bits(whole.tensors(), want.tensors())
+    assert same_elements(pieces, want)
 
 
 def test_more_tensors_than_one_launch_takes():

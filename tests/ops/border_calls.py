@@ -151,7 +151,7 @@ def adamw():
     states = [[torch.zeros(shape) for shape in shapes] for _ in range(2)]
     steps, lows = [torch.ones(()) for _ in shapes], [torch.zeros(shape, dtype=torch.int16) for shape in shapes]
     scalars = [0, 1e-3, torch.tensor(1e-3), 0.9, 0.95, 1e-8, 0.1]
-    return [high, grads, *states, steps, *scalars, [], lows, torch.tensor(0.5), False, None, None]
+    return [high, grads, *states, steps, *scalars, [], lows, torch.tensor(0.5), False, None, None, [0, 0, 7, 1024]]
 
 
 def rotary():

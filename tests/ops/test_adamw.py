@@ -285,7 +285,7 @@ def test_opcheck(kept):
     steps = [torch.tensor(2.0), torch.tensor(3.0)]
     lists = (state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, steps)
     scalars = (1, 1e-3, None, 0.9, 0.95, 1e-8, 0.1)
-    rest = (state.masters or [], state.lows or [], torch.tensor(0.5), False, None, None)
+    rest = (state.masters or [], state.lows or [], torch.tensor(0.5), False, None, None, [0, 0, 5, 1024])
     torch.library.opcheck(torch.ops.cgpt_ext.adamw_.default, (*lists, *scalars, *rest))
 
 

@@ -78,9 +78,20 @@ def test_stochastic_rounding_counts_elements_in_memory():
 def test_stochastic_rounding_past_two_to_the_32_elements():
     """The upper half of an index reaches the bits: the generator itself, since no test holds such a tensor."""
     x, far = torch.full((2, 64), 1 + 2.0**-9), torch.empty_strided((2, 64), (1 << 32, 1), device="meta")
-    first, second = _stochastic(x, far, 1, 1, 0)
-    assert torch.equal(first, _stochastic(x[0], torch.empty(64), 1, 1, 0))
+    first, second = _stochastic(x, far, 1, 1, (0, 0))
+    assert torch.equal(first, _stochastic(x[0], torch.empty(64), 1, 1, (0, 0)))
     assert not torch.equal(first, second)
+
+
+def test_stochastic_rounding_of_a_piece_past_two_to_the_32_elements():
+    """A piece's bits are those of its elements in the whole, on either side of the border and across it."""
+    x, far = torch.full((2, 64), 1 + 2.0**-9), torch.empty_strided((2, 64), (1 << 32, 1), device="meta")
+    whole = _stochastic(x, far, 1, 1, (3, 0))
+    for row, first in ((0, 0), (1, 1 << 32)):
+        assert torch.equal(_stochastic(x[row], torch.empty(64), 1, 1, (3, first)), whole[row])
+    across = _stochastic(x.reshape(-1), torch.empty(128), 1, 1, (3, (1 << 32) - 64))
+    assert torch.equal(across[64:], whole[1])
+    assert torch.equal(across[:64], _stochastic(x[0], torch.empty(64), 1, 1, (3, (1 << 32) - 64)))
 
 
 KINDS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "split": (torch.bfloat16, "split")}
@@ -99,6 +110,117 @@ def test_half_moments_have_the_references_bits(isa, kind, grad_dtype):
     other = twin(*args, **HALF).step(stochastic_rounding_seed=2**62 + 6)
     assert not same_bits(other.exp_avgs, got.exp_avgs)
     assert not same_bits(other.exp_avg_sqs, got.exp_avg_sqs)
+
+
+# Indices pass a multiple of 2^32 never, within the first piece, behind it, within the second and within the last.
+FIRSTS = [0, (1 << 32) - 1024, (1 << 32) - 2048, (1 << 33) - 4096, (1 << 62) - 38 * 1024]
+PIECES = [2048, 33 * 1024, 1024, 3333]
+RANDOM = [("bf16", {}), *((kind, HALF) for kind in KINDS)]
+
+
+def in_pieces(state, sizes):
+    """The same elements in a list of their own each, as ranks hold them."""
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters", "lows"):
+        if getattr(state, name):
+            (whole,) = getattr(state, name)
+            setattr(state, name, list(whole.split(sizes)))
+    return state
+
+
+def places_of(number, first, sizes):
+    return [(number, first + sum(sizes[:i])) for i in range(len(sizes))]
+
+
+def same_elements(pieces, whole):
+    """Of each tensor of a state of one parameter, and of that state in pieces."""
+    parts = [torch.cat(part) for part in zip(*[iter(pieces.tensors())] * len(pieces.params), strict=True)]
+    return same_bits(parts, whole.tensors())
+
+
+@pytest.mark.parametrize("first", FIRSTS)
+@pytest.mark.parametrize(("kind", "half"), RANDOM)
+def test_pieces_are_rounded_as_the_whole(isa, kind, half, first):
+    def state():
+        return twin([(sum(PIECES),)], *KINDS[kind], **half)
+
+    seed = {"stochastic_rounding_seed": 2**62 + 7, "steps": 2}
+    number = 2**32 - 1
+    want = state().step(adamw_ref, **seed, rounding_places=[(number, first)])
+    whole = state().step(**seed, rounding_places=[(number, first)])
+    assert same_bits(whole.tensors(), want.tensors())
+    pieces = in_pieces(state(), PIECES).step(**seed, rounding_places=places_of(number, first, PIECES))
+    assert same_elements(pieces, want)
+    assert not same_bits(state().step(**seed, rounding_places=[(number - 1, first)]).tensors(), want.tensors())
+    assert not same_bits(state().step(**seed, rounding_places=[(number, first + 1024)]).tensors(), want.tensors())
+
+
+@pytest.mark.parametrize(("kind", "half"), RANDOM)
+def test_the_references_pieces_are_rounded_as_its_whole(kind, half):
+    for first in (0, (1 << 32) - 2048):
+        whole, pieces = (twin([(5000,)], *KINDS[kind], **half) for _ in range(2))
+        sizes, options = [1024, 2048, 1928], {"stochastic_rounding_seed": 3}
+        whole.step(adamw_ref, **options, rounding_places=[(9, first)])
+        in_pieces(pieces, sizes).step(adamw_ref, **options, rounding_places=places_of(9, first, sizes))
+        assert same_elements(pieces, whole)
+
+
+def test_places_are_the_list_unless_they_are_given(isa):
+    args, seed = (SHAPES, torch.bfloat16, "split"), {"stochastic_rounding_seed": 7}
+    listed = [(i, 0) for i in range(len(SHAPES))]
+    want = twin(*args, **HALF).step(**seed).tensors()
+    assert same_bits(twin(*args, **HALF).step(**seed, rounding_places=listed).tensors(), want)
+    with dispatch.use(adamw="reference"):
+        assert same_bits(twin(*args, **HALF).step(**seed, rounding_places=listed).tensors(), want)
+    turned = [(len(SHAPES) - 1 - i, 0) for i in range(len(SHAPES))]
+    assert not same_bits(twin(*args, **HALF).step(**seed, rounding_places=turned).tensors(), want)
+    plain = twin(SHAPES).step().tensors()  # without a seed nothing is rounded at random
+    assert same_bits(twin(SHAPES).step(rounding_places=turned).tensors(), plain)
+
+
+def test_compiled_with_places():
+    eager, compiled = (twin([(2048,), (3,)], torch.bfloat16, "split", **HALF) for _ in range(2))
+    options = {"stochastic_rounding_seed": 7, "rounding_places": [(4, 1024), (2, 0)]}
+    eager.step(**options)
+    compiled.step(torch.compile(adamw_, fullgraph=True, backend="aot_eager"), **options)
+    assert same_bits(eager.tensors(), compiled.tensors())
+
+
+@pytest.mark.parametrize(
+    ("places", "error", "message"),
+    [
+        ([(0, 0)], ValueError, "rounding_places must be 2 pairs, as many as params, got 2 numbers"),
+        ([(0, 0), (-1, 0)], ValueError, "rounding_places[1] must be a number from 0 to 2^32 - 1, got -1"),
+        ([(1 << 32, 0), (0, 0)], ValueError, f"rounding_places[0] must be a number from 0 to 2^32 - 1, got {1 << 32}"),
+        (
+            [(0, 0), (1, 1000)],
+            ValueError,
+            "rounding_places[1] must be a first element from 0 to 2^62, a multiple of 1024, got 1000",
+        ),
+        (
+            [(0, -1024), (1, 0)],
+            ValueError,
+            "rounding_places[0] must be a first element from 0 to 2^62, a multiple of 1024, got -1024",
+        ),
+        (
+            [(0, (1 << 62) + 1024), (1, 0)],
+            ValueError,
+            f"rounding_places[0] must be a first element from 0 to 2^62, a multiple of 1024, got {(1 << 62) + 1024}",
+        ),
+        ([(0, 0), (0, 1 << 63)], ValueError, f"rounding_places[1] must fit 64 bits, got (0, {1 << 63})"),
+        ([(0, 0), 3], TypeError, "rounding_places[1] must be two ints, got 3"),
+        ([(0, 0), (1, 0, 0)], TypeError, "rounding_places[1] must be two ints, got (1, 0, 0)"),
+        ([(0, 0.0), (1, 0)], TypeError, "rounding_places[0] must be two ints, got (0, 0.0)"),
+        ([(True, 0), (1, 0)], TypeError, "rounding_places[0] must be two ints, got (True, 0)"),
+        (torch.zeros(2, 2), TypeError, "rounding_places must be a list of pairs, got Tensor"),
+    ],
+)
+def test_bad_places(places, error, message):
+    state = State([(4,), (3,)], torch.bfloat16)
+    before = [x.clone() for x in state.tensors()]
+    with pytest.raises(error) as caught:
+        state.step(steps=1, stochastic_rounding_seed=1, rounding_places=places)
+    assert str(caught.value) == f"adamw: {message}"
+    assert same_bits(state.tensors(), before)
 
 
 def test_half_moments_do_not_depend_on_threads_or_instructions():
@@ -193,4 +315,6 @@ def test_what_half_moments_need():
             stochastic_rounding_seed=1,
         )
         whole = State([(4,), (3,)], torch.bfloat16)
-        fails(ValueError, "seed must be None for the Triton kernel, got a seed", whole, stochastic_rounding_seed=1)
+        for more in ({}, {"rounding_places": [(0, 0), (1, 1024)]}):
+            options = {"stochastic_rounding_seed": 1, **more}
+            fails(ValueError, "seed must be None for the Triton kernel, got a seed", whole, **options)

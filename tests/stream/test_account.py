@@ -13,11 +13,12 @@ from cgpt.stream.account import BACKWARD, HEAD_BYTES, KEPT, account, boundary_by
 from cgpt.stream.build import layers_of
 from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
+from cgpt.stream.layout import CHUNK as C
 from cgpt.stream.layout import layers_plan
 from cgpt.stream.placement import Placement
 
-# 64, 128 and 64 elements: every size is a whole number of the layout's steps, so sums can be done in the head.
-PLANS = layers_plan([("embed", {"wte": (8, 8)}), ("h.0", {"w": (16, 8)}), ("head", {"g": (64,), "wte": (8, 8)})])
+# One, two and one chunks: every size is a whole number of the layout's steps, so sums can be done in the head.
+PLANS = layers_plan([("embed", {"wte": (32, 32)}), ("h.0", {"w": (64, 32)}), ("head", {"g": (C,), "wte": (32, 32)})])
 
 
 @pytest.mark.parametrize("shape", [PRESETS["tiny"].config, GPTConfig(3, 2, 48, 24, 100, 77, 33), PRESETS["13B"].config])
@@ -31,7 +32,7 @@ def test_a_gpt_in_numbers_is_the_gpt(shape):
 
 def test_resident():
     found = account(PLANS, Placement.resident(3), Format(), 16, 8)
-    assert found.needs.device == 12 * (64 + 128 + 64)
+    assert found.needs.device == 12 * (C + 2 * C + C)
     assert (found.host, found.disk) == (0, 0)
     between = 16 * 8 * 2
     assert found.workspace == {
@@ -39,10 +40,10 @@ def test_resident():
         "inputs": 0,
         "kept": KEPT * between,
         "working": HEAD_BYTES + 4 * between,
-        "gradients": 2 * 128 * 2 + 2 * (64 + 128 + 128),
+        "gradients": 2 * 2 * C * 2 + 2 * (C + 2 * C + 2 * C),
     }
     assert found.device == found.needs.device + sum(found.workspace.values())
-    assert found.device_parts["state"] == 3072
+    assert found.device_parts["state"] == 48 * C
     assert "slots" not in found.device_parts
 
 
@@ -52,39 +53,40 @@ def test_resident():
 def test_everything_on_the_host(format, working, record):
     placement = Placement(("host",) * 3, ("host",) * 3, (True,) * 3, micro_batches=2)
     found = account(PLANS, placement, format, 16, 8)
-    assert found.needs.device == 2 * 128 * working  # two slots for h.0, or for the head: ln_f's 64 and wte's 64
-    assert found.host_parts == {"state": 256 * record, "gradients": 256 * working}
+    assert found.needs.device == 2 * 2 * C * working  # two slots for h.0, or for the head: its own chunk and wte's
+    assert found.host_parts == {"state": 4 * C * record, "gradients": 4 * C * working}
     between = 16 * 8 * working
     assert found.workspace["inputs"] == 2 * between
     assert found.workspace["kept"] == 0
     # two layers' sums in fp32, one contribution in the working type, and the head's part of wte in fp32
-    assert found.workspace["gradients"] == 2 * 128 * 4 + 128 * working + 64 * 4
+    assert found.workspace["gradients"] == 2 * 2 * C * 4 + 2 * C * working + C * 4
 
 
 def test_several_visits_hold_partial_sums_of_all_that_a_layer_reads():
     placement = Placement(("host",) * 3, ("host",) * 3, (True,) * 3, visits=2)
-    assert account(PLANS, placement, Format(), 16, 8).host_parts["gradients"] == 4 * (64 + 128 + 128)
+    assert account(PLANS, placement, Format(), 16, 8).host_parts["gradients"] == 4 * (C + 2 * C + 2 * C)
 
 
 def test_before_and_on_the_disk():
     placement = Placement(("device", "host", "disk"), ("disk",) * 3, (True,) * 3)
     found = account(PLANS, placement, Format(), 16, 8)
-    assert found.device_parts["weights"] == 64 * 2
-    # of the head's reads only its own 64 elements are away: wte is kept; h.0's 128 are the largest slot
-    assert found.device_parts["slots"] == 2 * 128 * 2
+    assert found.device_parts["weights"] == C * 2
+    # of the head's reads only its own chunk is away: wte is kept; h.0's two are the largest slot
+    assert found.device_parts["slots"] == 2 * 2 * C * 2
     assert found.host_parts == {
-        "weights": (64 + 128) * 2,
-        "staging": 3 * 2 * 4096 + 2 * 4096 + 2 * 4096,  # records with gradients; weights; gradients on their way
+        "weights": (C + 2 * C) * 2,
+        # records with gradients, h.0's the largest; the head's weights; gradients on their way
+        "staging": 3 * (6 + 1) * 4096 + 2 * 4096 + 2 * 4096,
     }
-    assert found.disk == 4096 + 3 * 2 * 4096
+    assert found.disk == 4096 + ((3 + 1) + (6 + 1) + (3 + 1)) * 4096
     # partial sums of several visits wait on the host
     found = account(PLANS, replace(placement, visits=2), Format(), 16, 8)
     assert found.host_parts == {
-        "weights": (64 + 128) * 2,
-        "gradients": 4 * (64 + 128 + 128),
-        "staging": 3 * 4096 + 2 * 4096,
+        "weights": (C + 2 * C) * 2,
+        "gradients": 4 * (C + 2 * C + 2 * C),
+        "staging": 3 * 6 * 4096 + 2 * 4096,
     }
-    assert found.disk == 4096 + 3 * 4096
+    assert found.disk == 4096 + (3 + 6 + 3) * 4096
 
 
 def test_activations_on_the_host():
@@ -108,8 +110,8 @@ def test_weights_that_are_only_read():
     found = account(PLANS, everywhere, Format(training=False), 16, 8)
     between = 16 * 8 * 2
     assert found.workspace == {"flow": 4 * between, "working": HEAD_BYTES + 2 * between}
-    assert found.device_parts == {"weights": 64 * 2, "slots": 2 * 128 * 2, **found.workspace}
-    assert found.host_parts == {"weights": 128 * 2, "staging": 2 * 4096}
+    assert found.device_parts == {"weights": C * 2, "slots": 2 * 2 * C * 2, **found.workspace}
+    assert found.host_parts == {"weights": 2 * C * 2, "staging": 2 * 4096}
     assert found.disk == 2 * 4096
     # on a CPU torch's memory is the host's
     beside = account(PLANS, everywhere, Format(training=False), 16, 8, "host")

@@ -173,7 +173,7 @@ def test_an_error_of_arithmetic_is_the_callers_own(device):
 
 
 def test_an_unknown_lane_is_refused(device):
-    with pytest.raises(ValueError, match="lane must be one of down, up, optimizer, read, write, got sideways"):
+    with pytest.raises(ValueError, match="lane must be one of down, up, wire, optimizer, read, write, got sideways"):
         device.submit("sideways", "", lambda: None)
 
 

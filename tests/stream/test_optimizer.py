@@ -65,10 +65,10 @@ def test_bf16_moments_are_rounded_as_the_reference_rounds_them(precision):
                 gradients = [found.by_name[name] for name in group.names]
                 lists = group.working, gradients, group.exp_avg, group.exp_avg_sq, i + 1
                 options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
-                seed = store.names().index(group.names[0]) << 32 | 5 if group.names else 5
+                places = [(store.names().index(name), 0) for name in group.names]
                 adamw_ref(
                     *lists, **options, weight_decay=0.1 * group.decayed, masters=group.masters, lows=group.lows,
-                    grad_scale=clip, stochastic_rounding_seed=seed,
+                    grad_scale=clip, stochastic_rounding_seed=5, rounding_places=places,
                 )  # fmt: skip
             assert copy_of.flat["exp_avg_sq"].dtype == torch.bfloat16, layer.name
         ours.loss_scale = 1.0

@@ -269,7 +269,7 @@ def test_the_memory_is_counted_to_the_byte(tmp_path, where, aside):
         if aside is not None:
             on_disk = [disk_bytes(r) for r, home in zip(records, store.placement.state, strict=True) if home == "disk"]
             extra = aside * sorted(records)[N // 2] + max(on_disk, default=0)
-            assert typical_record(plans, 12) == sorted(records)[N // 2]
+            assert typical_record(store.sizes, 12) == sorted(records)[N // 2]
         assert store.host.nbytes == without.host + extra
         assert needs(plans, store.placement, Format(training=False)).aside == 0
 

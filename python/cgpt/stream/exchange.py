@@ -44,6 +44,16 @@ class Span:
         return found
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """What has been exchanged, once `event` is done: for each span what each rank gave, in `memory`, which is free for
+    another exchange when it has been added up."""
+
+    event: Event
+    given: list[list[Tensor]]
+    memory: tuple[Tensor, Tensor]
+
+
 class Exchange:
     """Room for EXCHANGES micro-batches' gradients of one layer, on the store's device."""
 
@@ -66,11 +76,10 @@ class Exchange:
                 there.view(gradients[name].shape).copy_(gradients[name])
             sent = sent[span.high - span.low :]
 
-    def send(self, index: int, givers: int, after: list[Event]) -> tuple[Event, list[list[Tensor]]]:
-        """Submits the exchange of what ranks 0 to `givers` have packed; returns the event behind which it is there,
-        and for each span what each of them gave."""
+    def send(self, index: int, givers: int, after: list[Event]) -> Arrival:
+        """Submits the exchange of what the first `givers` ranks have packed."""
         rank, name = self.world.rank, self.store.layers[index].name
-        sent, received = self._rooms[self._turn]
+        sent, received = room = self._rooms[self._turn]
         self._turn = (self._turn + 1) % EXCHANGES
         given = []
         for span in self.spans[index]:
@@ -87,7 +96,7 @@ class Exchange:
             event = self.lanes.submit("wire", f"{name} gradients", work, after, nbytes)
             given.append([there[i * mine : (i + 1) * mine] for i in range(givers)])
             sent, received = sent[size:], received[givers * mine :]
-        return event, given
+        return Arrival(event, given, room)
 
 
 def spans_of(store: Store, index: int) -> list[Span]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cgpt.stream.devices import Event
-from cgpt.stream.exchange import Exchange
+from cgpt.stream.exchange import Exchange, Span
 from cgpt.stream.layout import CHUNK
 from cgpt.stream.record import Part, parts_of
 from cgpt.stream.store import Store
@@ -89,15 +89,17 @@ class Sums:
         if self._exchange is None:
             return
         givers = min(self._store.world.count, self._contributions - number * self._store.world.count)
-        arrived, given = self._exchange.send(index, givers, self._added if event is None else [event])
+        arrived = self._exchange.send(index, givers, self._added if event is None else [event])
 
         def work() -> None:
-            for span, pieces in zip(self._exchange.spans[index], given, strict=True):
+            for span, pieces in zip(self._exchange.spans[index], arrived.given, strict=True):
                 for piece in pieces:
-                    self._add_flat(index, span.owner, piece)
+                    self._add_flat(index, span, piece)
+            for memory in arrived.memory:
+                self._lanes.poison(memory)
 
         def add_up() -> None:
-            _, added = self._lanes.compute(f"{self._name(index)} sum", work, [arrived])
+            _, added = self._lanes.compute(f"{self._name(index)} sum", work, [arrived.event])
             self._added = [added]
 
         self._due.append((True, add_up))
@@ -169,10 +171,9 @@ class Sums:
                 there.copy_(gradient)
                 self._parts[index, name] = there
 
-    def _add_flat(self, index: int, owner: int, piece: Tensor) -> None:
-        """Adds one rank's share of a micro-batch's gradients of what layer `index` reads of `owner`."""
-        span = next(span for span in self._exchange.spans[index] if span.owner == owner)
-        fresh = (index, owner) not in self._flats
+    def _add_flat(self, index: int, span: Span, piece: Tensor) -> None:
+        """Adds this rank's share of one micro-batch's gradients of what layer `index` reads of an owner."""
+        owner, fresh = span.owner, (index, span.owner) not in self._flats
         flat = self._flat(index, owner)
         start = max(0, span.low - self._store.world.rank * flat.numel())
         there = flat[start : start + span.mine]

@@ -138,8 +138,7 @@ class AdamW:
     def _update(
         self, group: Group, there: list[int], found: dict[str, torch.Tensor], updates: int, lr: float, scale
     ) -> None:
-        first = group.names[there[0]]
-        lr_scale, decay_scale, eps_scale = self._scales[first]
+        lr_scale, decay_scale, eps_scale = self._scales[group.names[there[0]]]
         rounded = self.store.format.moments == "bf16"
         adamw_(
             [group.working[i] for i in there],
@@ -155,8 +154,8 @@ class AdamW:
             masters=group.masters and [group.masters[i] for i in there],
             lows=group.lows and [group.lows[i] for i in there],
             grad_scale=scale,
-            # lists that step together must differ in it, and no parameter is in two
-            stochastic_rounding_seed=self._number[first] << 32 | self.seed & 0xFFFFFFFF if rounded else None,
+            stochastic_rounding_seed=self.seed & (1 << 63) - 1 if rounded else None,  # an int64
+            rounding_places=[(self._number[group.names[i]], group.firsts[i]) for i in there],
         )
 
     def state(self) -> dict:

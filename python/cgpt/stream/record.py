@@ -34,6 +34,7 @@ class Group:
 
     decayed: bool
     names: list[str]
+    firsts: list[int]  # the first element of each parameter that the record has
     working: list[Tensor]
     lows: list[Tensor] | None
     masters: list[Tensor] | None
@@ -149,7 +150,13 @@ class Record:
             return [self.view(kind, name) for name in names] if kind in self.flat else None
 
         return Group(
-            decayed, names, views("working"), views("low"), views("master"), *(views(kind) for kind in MOMENTS)
+            decayed,
+            names,
+            [self.parts[name].first for name in names],
+            views("working"),
+            views("low"),
+            views("master"),
+            *(views(kind) for kind in MOMENTS),
         )
 
 
