@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from cgpt.errors import InputError
 from cgpt.world import World
@@ -53,15 +52,9 @@ class TorchWorld(World):
         if device == "cuda":
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         self._staged = device == "cuda" and not alone
-<<<<<<< HEAD
         store, self.rank, self.count = next(dist.rendezvous("env://", timeout=PATIENCE))
         where = {"store": own_store(store, self.rank, self.count), "rank": self.rank, "world_size": self.count}
         dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo", timeout=PATIENCE, **where)
-=======
-        back_end = "cpu:gloo,cuda:nccl" if alone else "gloo"
-        store, self.rank, self.count = _meeting_place()
-        dist.init_process_group(back_end, store=store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
->>>>>>> ckpt
         self._talk = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._files = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -133,7 +126,6 @@ class TorchWorld(World):
             dist.destroy_process_group()
 
 
-<<<<<<< HEAD
 def own_store(store: dist.Store, rank: int, count: int) -> dist.Store:
     """`store` under a name that is of this start of the ranks alone.
 
@@ -156,13 +148,6 @@ def own_store(store: dist.Store, rank: int, count: int) -> dist.Store:
         with contextlib.suppress(RuntimeError):  # of time
             store.wait([f"cgpt/{name}/{question}"], ANSWER)
             return dist.PrefixStore(name, store)
-=======
-def _meeting_place() -> tuple[dist.Store, int, int]:
-    """Where ranks find one another's addresses, this rank, and their count. torchrun keeps one place for all restarts,
-    and in it the addresses of ranks that are no more: hence names that are this start's own."""
-    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, count
->>>>>>> ckpt
 
 
 def _bytes(x: Tensor) -> Tensor:
