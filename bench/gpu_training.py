@@ -21,7 +21,7 @@ from cgpt.stream.account import account
 from cgpt.stream.build import build
 from cgpt.stream.devices import open_device
 from cgpt.stream.executor import Executor
-from cgpt.stream.forecast import Rates, Work, forecast
+from cgpt.stream.forecast import forecast
 from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.hardware import DEVICES, Hardware
@@ -31,6 +31,7 @@ from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
 from cgpt.stream.planner import DoesNotFit, Setting, place
 from cgpt.stream.probe import flops_of, probe
+from cgpt.stream.rates import Rates, Work
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
 

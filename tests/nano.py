@@ -158,7 +158,7 @@ def put(where: str, aside: int | None) -> None:
     build = opening.build
     opening.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
     check = opening.check_machine
-    opening.check_machine = lambda format, device, where, _: check(format, device, where, os.getcwd())
+    opening.check_machine = lambda format, device, where, _, world: check(format, device, where, os.getcwd(), world)
     place_run = opening.place_run
 
     def placed(recipe: Recipe, world: World) -> Placed:

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from cgpt import launch
+from cgpt import distributed, launch
 from cgpt.cli import main, parse
 from cgpt.errors import InputError
 from cgpt.train import stop_signals
@@ -55,15 +58,19 @@ def test_a_rank_trains_what_torchrun_was_asked_for(tmp_path):
 
 
 def test_only_a_run_that_this_job_began_is_gone_on_with(tmp_path):
-    config, again = TrainConfig(out=tmp_path), {**RANK, "TORCHELASTIC_RESTART_COUNT": "2"}
-    assert (launch.restarted(RANK), launch.restarted(again)) == (0, 2)
-    assert not launch.joined(config, again).resume
+    config, rank = TrainConfig(out=tmp_path), {**RANK, "TORCHELASTIC_RUN_ID": "x"}
+    assert not launch.joined(config, rank).resume
     run = tmp_path / "config.json"
     run.write_text("{}")
-    assert not launch.joined(config, RANK).resume
-    assert launch.joined(config, again) == replace(config, resume=True)
+    assert launch.joined(config, rank) == replace(config, resume=True)
+    assert not launch.joined(config, RANK).resume  # nobody starts such a rank again
+    assert not launch.joined(config, {}).resume
     os.utime(run, (1e9, 1e9))  # older than whoever started this session
-    assert not launch.joined(config, again).resume
+    assert not launch.joined(config, rank).resume
+
+
+def test_restarts_are_counted_by_torchrun():
+    assert [launch.restarted(RANK | more) for more in ({}, {"TORCHELASTIC_RESTART_COUNT": "2"})] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +126,23 @@ def test_another_signal_is_heeded_on_a_rank(monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (got, heard) == ([signal.SIGINT], ["now"])
+
+
+def test_ranks_that_are_started_again_do_not_meet_their_predecessors(monkeypatch):
+    monkeypatch.setattr(distributed, "ANSWER", timedelta(seconds=0.2))
+    store, names = dist.HashStore(), []
+
+    def start(rank):
+        time.sleep(0.3 * (rank == 0))  # the others find what the last rank 0 has left
+        met = distributed.own_store(store, rank, 3)
+        met.set(f"address of {rank}", f"{turn}")
+        names.append([met.get(f"address of {other}").decode() for other in range(3)])
+
+    for turn in range(3):
+        names.clear()
+        with ThreadPoolExecutor() as ranks:
+            list(ranks.map(start, range(3)))
+        assert names == [[f"{turn}"] * 3] * 3
 
 
 STAND_IN = """#!{python}

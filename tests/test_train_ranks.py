@@ -32,8 +32,9 @@ from cgpt.stream.executor import Executor
 from cgpt.stream.format import Format
 from cgpt.stream.limits import Limits
 from cgpt.stream.placement import Placement
+from cgpt.stream.selfcheck import check_machine
 from nano import NANO, Runs
-from stream.ranks import on_ranks
+from stream.ranks import ThreadWorld, on_ranks
 
 STEP = {"batch_size": 5, "micro_batch_size": 1, "clip": 0.1}  # of 5 micro-batches: some rank has none of the last round
 MB = 1 << 20
@@ -138,6 +139,36 @@ def test_held_out_batches_are_dealt_out_and_added_in_their_order(here):
     assert -(-loader.n_windows // 2) == 5
     for ranks, at_once in ((2, 1), (3, 2), (4, 5), (6, 1)):  # of the last, one has no batch at all
         assert on_ranks(ranks, lambda world, n=at_once: evaluate(world, n)) == want * ranks
+
+
+def exchanges_late(world, received, sent, *sizes, work=ThreadWorld.exchange):
+    before = received.clone()
+    work(world, received, sent, *sizes)
+    if world.rank == 1:
+        received.copy_(before)
+
+
+def gathers_itself(world, whole, part, work=ThreadWorld.all_gather):
+    work(world, whole, part.clone())
+    if world.rank == 1:
+        whole[: part.numel()] = part
+
+
+@pytest.mark.parametrize("home", ["device", "host"])
+def test_the_check_at_the_start_sees_what_is_lost_between_ranks(monkeypatch, home):
+    placement = replace(Placement.resident(6, 3), state=(home,) * 6, recompute=(home == "host",) * 6)
+
+    def check(world):
+        check_machine(Format(), "cpu", placement, None, world)
+
+    on_ranks(3, check)
+    for name, fault in {"exchange": exchanges_late, "all_gather": gathers_itself}.items():
+        with monkeypatch.context() as lost:
+            lost.setattr(ThreadWorld, name, fault)
+            with pytest.raises(
+                InputError, match="self-check: wanted 3 ranks to give the bits of a model in memory, got"
+            ):
+                on_ranks(3, check)
 
 
 def test_the_least_that_any_rank_has_places_all(here, monkeypatch):

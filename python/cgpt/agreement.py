@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from cgpt.recipe import Recipe
     from cgpt.train_flags import TrainConfig
 
-OF_THE_MACHINE = (  # flags that may be others on another machine; joined() sees to the last two
-    "device_memory", "host_memory", "disk", "hang_timeout", "devices", "max_restarts",
+OF_THE_MACHINE = (  # flags that may be others on another machine; launch.py sees to the last two, rank 0 to --resume
+    "device_memory", "host_memory", "disk", "hang_timeout", "resume", "devices", "max_restarts",
 )  # fmt: skip
 BLOCK, BLOCKS = 4096, 1024  # elements that are hashed in a row, and how often at most
 
@@ -41,8 +41,8 @@ Result = TypeVar("Result")
 
 def agree(world: World, own: dict[str, Any]) -> None:
     """Compares `own`, JSON by name, with rank 0's. Where any rank's differs, every rank raises the same InputError, of
-    the first difference of the first rank that has one; ConnectionError where a rank has died."""
-    first, *others = _tell(world, own)
+    the first difference of the first rank that has one."""
+    first, *others = world.tell(own)
     for rank, theirs in enumerate(others, start=1):
         for name in dict.fromkeys([*first, *theirs]):
             wanted, got = first.get(name), theirs.get(name)
@@ -62,7 +62,7 @@ def together(world: World, work: Callable[[], Result]) -> Result:
         if raised is not None:
             raise raised
         return result
-    told = _tell(world, raised and [isinstance(raised, InputError), _line(raised)])
+    told = world.tell(raised and [isinstance(raised, InputError), _line(raised)])
     for rank, said in enumerate(told):
         if said is not None:
             ours, line = said
@@ -131,13 +131,6 @@ def _blocks(n: int) -> Iterator[tuple[int, int]]:
     spread = (i * (n - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS))
     starts = range(0, n, BLOCK) if n <= BLOCK * BLOCKS else spread
     return ((start, min(start + BLOCK, n)) for start in starts)
-
-
-def _tell(world: World, own: Any) -> list[Any]:
-    try:
-        return world.tell(own)
-    except RuntimeError as error:  # torch.distributed's own
-        raise ConnectionError(f"rank {world.rank}: wanted an answer of every rank, got none: {_line(error)}") from error
 
 
 def _line(error: BaseException) -> str:

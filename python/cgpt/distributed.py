@@ -1,4 +1,4 @@
-"""The World of a process that torchrun has started; the only file that imports torch.distributed.
+"""The World of a process that torchrun has started; all that imports torch.distributed, but for its agent in launch.py.
 
     wire      default group, nccl on GPUs and gloo on CPUs: weights and gradients, by the lane of that name alone
     talk      gloo: JSON, on the caller's thread
@@ -10,21 +10,24 @@ a group a thread. Ranks that share one GPU exchange through host memory, for ncc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from cgpt.errors import InputError
 from cgpt.world import World
 
 PATIENCE = timedelta(hours=24)  # of a group; the watchdog, which can say more, ends a job that hangs long before
+
+ANSWER = timedelta(seconds=1)  # of rank 0, until its name is looked at again
 
 
 def open_world(device: str = "cpu") -> World:
@@ -49,9 +52,9 @@ class TorchWorld(World):
         if device == "cuda":
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         self._staged = device == "cuda" and not alone
-        back_end = "cpu:gloo,cuda:nccl" if alone else "gloo"
-        store, self.rank, self.count = _meeting_place()
-        dist.init_process_group(back_end, store=store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
+        store, self.rank, self.count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        where = {"store": own_store(store, self.rank, self.count), "rank": self.rank, "world_size": self.count}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo", timeout=PATIENCE, **where)
         self._talk = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._files = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -74,10 +77,10 @@ class TorchWorld(World):
         received, sent = _bytes(received), _bytes(sent)
         if self._staged:
             there = torch.empty(received.shape, dtype=torch.uint8)
-            dist.all_to_all_single(there, sent.cpu(), *sizes)
+            _all_to_all(there, sent.cpu(), *sizes)
             received.copy_(there)
             return
-        dist.all_to_all_single(received, sent, *sizes)
+        _all_to_all(received, sent, *sizes)
 
     def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
         whole = part.new_empty(sum(sizes) if self.first else 0)
@@ -123,11 +126,28 @@ class TorchWorld(World):
             dist.destroy_process_group()
 
 
-def _meeting_place() -> tuple[dist.Store, int, int]:
-    """Where ranks find one another's addresses, this rank, and their count. torchrun keeps one place for all restarts,
-    and in it the addresses of ranks that are no more: hence names that are this start's own."""
-    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, count
+def own_store(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """`store` under a name that is of this start of the ranks alone.
+
+    torchrun keeps a job's store when it starts ranks again: one that is quicker than another would find the address of
+    that one's predecessor, and fail. Its count of restarts cannot tell them apart, for on several machines it differs
+    (pytorch/pytorch issue 135712). So rank 0 makes up a name, and each other rank asks under the name that it finds
+    until it is answered: nobody answers under that of a dead rank 0.
+    """
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("cgpt/name", name)
+        for other in range(1, count):
+            question = store.get(f"cgpt/{name}/{other}").decode()
+            store.set(f"cgpt/{name}/{question}", "")
+        return dist.PrefixStore(name, store)
+    question = uuid.uuid4().hex
+    while True:
+        name = store.get("cgpt/name").decode()
+        store.set(f"cgpt/{name}/{rank}", question)
+        with contextlib.suppress(RuntimeError):  # of time
+            store.wait([f"cgpt/{name}/{question}"], ANSWER)
+            return dist.PrefixStore(name, store)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -137,4 +157,17 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup | None = None) -> None:
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 gave it the first name
-    gather(whole, part, group=group)
+    _ask(gather, whole, part, group=group)
+
+
+def _all_to_all(received: Tensor, sent: Tensor, *sizes: Sequence[int], group: dist.ProcessGroup | None = None) -> None:
+    _ask(dist.all_to_all_single, received, sent, *sizes, group=group)
+
+
+def _ask(collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Raises ConnectionError, one line, where a rank has died or its link has."""
+    try:
+        collective(*arguments, **options)
+    except RuntimeError as error:  # of no kind of its own
+        why = " ".join(str(error).split()).split(". ")[0]
+        raise ConnectionError(f"rank {dist.get_rank()}: wanted an answer of every rank, got none: {why}") from error

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cgpt.plots import plot_timeline
-from cgpt.stream.forecast import Forecast, Rates, Work, forecast
+from cgpt.stream.forecast import forecast
 from cgpt.stream.probe import flops_of
+from cgpt.stream.rates import Forecast, Rates, Work
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import ROWS
 

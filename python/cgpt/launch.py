@@ -33,6 +33,7 @@ from cgpt.train_flags import TrainConfig
 
 RESTARTS = 3  # unless asked otherwise
 SAVING = 3600  # seconds from a signal to SIGKILL; 30 under a torch that does not read the number
+JOB = "TORCHELASTIC_RUN_ID"  # in the environment that torchrun gives to its ranks
 SAYING = 1.0  # seconds that ranks have from the first one's refusal, for a line each
 
 
@@ -87,7 +88,7 @@ def launch(config: TrainConfig) -> int:
 
 
 def joined(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> TrainConfig:
-    """What a process trains that starts no others, on a rank with --resume where torchrun has started it again.
+    """What a process trains that starts no others: on a rank, with --resume where it goes on with the job's run.
 
     Raises InputError for flags that differ from torchrun's, and where restarts would not find the run.
     """
@@ -111,11 +112,12 @@ def restarted(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def resume_on_restart(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> TrainConfig:
-    """`config`, with --resume on a rank that is started again once the job has begun its run.
+    """`config`, with --resume where the run in --out is of this very job, begun before its ranks were started again.
 
-    A run in --out that was there before the job, and that it must have been refused for, is left alone.
+    Which run is the job's is told by its age: one that was there before torchrun is left alone, and refused. The count
+    of restarts would not do: on several machines, torchrun does not count alike on all.
     """
-    if config.resume or config.out is None or not restarted(environment):
+    if config.resume or config.out is None or JOB not in environment:
         return config
     run = config.out / CONFIG
     ours = run.is_file() and run.stat().st_mtime >= _job_began()
@@ -124,7 +126,7 @@ def resume_on_restart(config: TrainConfig, environment: Mapping[str, str] = os.e
 
 def give_up() -> None:
     """On a rank that has refused what only the user can mend: has `launch` start no other in its place."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and (agent := launcher()) > 1:
+    if JOB in os.environ and (agent := launcher()) > 1:
         with contextlib.suppress(OSError):  # it has ended before
             os.kill(agent, signal.SIGURG)
 

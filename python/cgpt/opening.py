@@ -153,8 +153,8 @@ def open_run(job: Job) -> Run:
     if dataset.vocab_size > recipe.shape.vocab_size:
         raise InputError(f"{recipe.data}: wanted ids under {recipe.shape.vocab_size}, got {dataset.vocab_size}")
 
-    if placed.streams:
-        check_machine(recipe.format, recipe.device, placed.placement, recipe.disk)
+    if placed.streams or world.count > 1:
+        check_machine(recipe.format, recipe.device, placed.placement, recipe.disk, world)
     timeline = Timeline() if job.timeline or placed.streams else None
     device = open_device(recipe.device, placed.account.needs.device, timeline=timeline)
     where = {"placement": placed.placement, "disk": recipe.disk, "world": world}

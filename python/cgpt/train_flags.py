@@ -100,9 +100,10 @@ class TrainConfig:
     """resident: all layers on the device. auto: as many as fit, the others stream from the host and the disk (default:
     auto with any of the next three flags, else resident)."""
     device_memory: Text = None
-    """Of the device, as 4GiB (default: all that is free). On a CPU, a stretch of memory that stands for a device's."""
+    """Of each device, as 4GiB (default: all that is free). On a CPU, a stretch of memory that stands for a device's."""
     host_memory: Text = None
-    """Of the host, on a CPU of the whole process (default: all that is free)."""
+    """Of the host, on a CPU of the whole process; with several devices, for all processes of a machine together
+    (default: all that is free)."""
     disk: Folder = None
     """For optimizer state and weights that memory has no room for; what is written there is gone when the run ends."""
     timeline: Switch = False

@@ -2,7 +2,8 @@
 
 Every rank does the same things in the same order on a shard of the state and every count-th micro-batch of the data
 (stream/layout.py, stream/gradients.py say which). This is the job of one process, to which all of it comes down to
-nothing; distributed.py has the one on torch.distributed.
+nothing; distributed.py has the one on torch.distributed. There, what waits for the others raises ConnectionError, one
+line, where one of them has died.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ def test_grad_norm(device, dtype):
     assert found.device.type == device
     assert abs(found.item() - truth.item()) <= 1e-6 * truth.item()
     assert found.item() == pytest.approx(cgpt_ext.grad_norm(grads).item(), rel=1e-7)
+    sums = cgpt_ext.grad_square_sums([g.to(device) for g in grads])
+    assert torch.equal(sums.cpu(), cgpt_ext.grad_square_sums(grads))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -45,6 +47,7 @@ def test_adamw_steps_with_its_step_on_the_device(device, kept):
         half = kept.endswith("moments")
         if half:
             rest["stochastic_rounding_seed"] = 2**62 + 7
+            rest["rounding_places"] = [(0, 0), (5, 2**32), (2, 2**32 - 4096)]
         dtype = torch.bfloat16 if half else torch.float32
         moments = [[torch.zeros(p.shape, dtype=dtype) for p in masters] for _ in range(2)]
         return masters, [torch.randn(p.shape).to(p.dtype) for p in masters], *moments, rest

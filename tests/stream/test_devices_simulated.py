@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cgpt.stream.devices_simulated import SimulatedDevice, together
-from cgpt.stream.forecast import Rates
+from cgpt.stream.rates import Rates
 from cgpt.stream.timeline import Timeline
 
 RATES = {"flops": 100.0, "down": 10.0, "up": 5.0, "memory": 20.0, "read": 4.0, "write": 2.0}

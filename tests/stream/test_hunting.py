@@ -13,10 +13,10 @@ from test_streaming import PLACEMENTS, assert_same, train
 from cgpt.stream.buffers import Buffer
 from cgpt.stream.devices import CpuDevice
 from cgpt.stream.devices_simulated import SimulatedDevice
-from cgpt.stream.forecast import Rates
 from cgpt.stream.gradients import Sums
 from cgpt.stream.host import DiskTier
 from cgpt.stream.optimizer import AdamW
+from cgpt.stream.rates import Rates
 from cgpt.stream.store import Store
 
 ARENA = 1 << 20  # bytes; more than any placement of the toy takes

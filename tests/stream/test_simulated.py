@@ -14,12 +14,13 @@ from cgpt.stream.account import boundary_bytes
 from cgpt.stream.build import build
 from cgpt.stream.devices_simulated import SimulatedDevice
 from cgpt.stream.executor import Executor
-from cgpt.stream.forecast import Rates, Work, exposed_optimizer, forecast
+from cgpt.stream.forecast import exposed_optimizer, forecast
 from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.needs import needs
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
+from cgpt.stream.rates import Rates, Work
 
 SHAPE = GPTConfig(n_layer=12, n_head=2, d_model=32, d_head=16, d_ff=128, vocab_size=64, seq_len=128)
 PLANS, COUNT, TIME = gpt_plans(SHAPE), SHAPE.n_layer + 2, 128

@@ -20,7 +20,7 @@ from cgpt.model.presets import PRESETS
 from cgpt.recipe import MICRO_BATCH_TOKENS
 from cgpt.scaling.flops import matmul_flops_per_token
 from cgpt.stream.account import Account, account
-from cgpt.stream.forecast import Forecast, Rates, Work, arithmetic_seconds, forecast, hides
+from cgpt.stream.forecast import arithmetic_seconds, forecast
 from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.hardware import DEVICES, DRIVE, LINKS, NET_HOP, NETWORKS, Hardware, Link, Network, wire
@@ -28,6 +28,7 @@ from cgpt.stream.layout import LayerPlan
 from cgpt.stream.limits import Budgets, limits, parse_bytes
 from cgpt.stream.placement import Placement
 from cgpt.stream.planner import DoesNotFit, Setting, place
+from cgpt.stream.rates import Forecast, Rates, Work, hides
 
 NEAR_BEST = 1.005
 RESIDENT_BEST = 1.03  # what a model that fits may lose to streaming, whose forecast rests on more assumptions

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cgpt.stream.devices import Device, Event
-from cgpt.stream.forecast import Rates
+from cgpt.stream.rates import Rates
 from cgpt.world import World
 
 Result = TypeVar("Result")

@@ -1,6 +1,6 @@
 """How long a step will take, lane by lane, from what each lane has to move: the executor's walk on a virtual clock.
 
-P parameters that a layer multiplies, T tokens a visit, F FLOP/s, w bytes of a weight, B bytes/s of the link, W of DRAM.
+P parameters that a layer multiplies, T tokens a visit, w bytes of a weight. From when on lanes hide, says rates.py.
 
     compute      2 P T forward, 4 P T backward, 2 P T more where recomputed; the head 6 P T at once; an embedding none
     down         w P forward and w P backward where streamed; inputs where they wait on the host; partial sums, 4 P,
@@ -9,22 +9,14 @@ P parameters that a layer multiplies, T tokens a visit, F FLOP/s, w bytes of a w
     optimizer    2 x the record + w bytes an element (26 with a split master), in forward order, ahead of the weights
     read, write  whole records, and their gradients in a step of one visit; weights that wait on the disk
 
-    weights hide behind forward    T >= F w / 2B        and behind backward    T >= F w / 6B
-    AdamW hides behind backward    T >= 26 F / 6W       behind the next forward    T >= 26 F / 2W
-
-Of N ranks this is the first, whose shards and micro-batches are as large as any's. It has ceil(m / N) of a step's m
-micro-batches, t tokens each, k a visit; s = (N - 1) / N; V bytes/s of the wire each way. down, up, AdamW and the disk
-move its shards, 1 / N of everything above, and
+Of N ranks this is the first, whose shards and micro-batches are as large as any's: it has ceil(m / N) of a step's m
+micro-batches. down, up, AdamW and the disk move its shards, 1 / N of the above; with s = (N - 1) / N,
 
     wire         s w P where weights are kept on the device, once a step ahead of their first use; forward and backward
-                 where streamed, once the rank's own shard has come down; s w P for each micro-batch's gradients, and
+                 where streamed, once the rank's own shard has come down; s w P for each micro-batch's gradients;
                  8 s bytes a chunk for the norm
 
-    weights hide behind forward    T >= s w F / 2V
-    and gradients behind backward  T >= s w F (1 + k) / 6V where streamed, of which s w F / 6V a micro-batch;
-                                   t >= s w F / 4V where kept and not recomputed
-
-The sums of an exchange take no time; the arithmetic waits for one when the next micro-batch's is enqueued.
+What is exchanged takes no time to add up, behind the next micro-batch's arithmetic.
 
 Each lane does one thing at a time, in order, once what it needs is there; a layer's weights come as soon as one of two
 slots is free. The step is the time between the ends of two consecutive ones.
@@ -34,82 +26,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from cgpt.stream.format import Format
 from cgpt.stream.layout import CHUNK, LayerPlan, Layout, shard_size
 from cgpt.stream.needs import AHEAD, SLOTS, STAGING, disk_bytes, streamed, sums_size
 from cgpt.stream.placement import Placement
+from cgpt.stream.rates import LANES, Forecast, Rates, Work
 
-LANES = ("compute", "down", "up", "wire", "optimizer", "read", "write")
 STEPS = 3  # until the virtual clock has settled
 VISITS = 3  # simulated: the first, one for all in the middle, the last
 ROWS = 4  # simulated: of a visit's micro-batches where ranks exchange each one's gradients; more go in groups
-BOUND = 0.02  # of a step: arithmetic that waits less than this is what binds
 
 When = tuple[float, str]  # when something is done, and the lane that it waited for last
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device does in a second: flops sustained; bytes down to it and up from it, of host memory (the
-    optimizer's), read from and written to the disk. latency: seconds a transfer. wire: bytes received from the other
-    ranks while as much is sent to them. wire_latency: seconds a collective of all ranks."""
-
-    flops: float
-    down: float
-    up: float
-    memory: float
-    read: float
-    write: float
-    latency: float = 0.0
-    half_duplex: bool = False
-    wire: float = math.inf
-    wire_latency: float = 0.0
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """One step in its steady state. Seconds, but where said.
-
-    lanes: each lane's busy time. stalls: how long the arithmetic waits, by the lane that it waits for. fill: of that,
-    before the first block's arithmetic. disk_read, disk_written: bytes, and received: from other ranks.
-    """
-
-    seconds: float
-    tokens: float
-    lanes: dict[str, float]
-    stalls: dict[str, float]
-    fill: float
-    disk_read: float
-    disk_written: float
-    received: float = 0.0
-
-    @property
-    def bound(self) -> float:
-        """No schedule is faster than its busiest lane."""
-        return max(self.lanes.values())
-
-    @property
-    def binding(self) -> str:
-        """The lane to make faster: "compute" where the arithmetic hardly waits."""
-        if sum(self.stalls.values()) <= BOUND * self.seconds:
-            return "compute"
-        return max(self.stalls, key=self.stalls.get)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A step's work beside the placement. tokens: of a step, of all ranks. width: of activations between layers.
-    attention: FLOPs a token of a block's forward beside 2 P. device_memory: bytes/s, for AdamW on the device; None: it
-    takes no time. micro_batch_tokens: None where the placement's visits and micro-batches are all full."""
-
-    format: Format
-    tokens: float
-    width: int
-    attention: float = 0.0
-    device_memory: float | None = None
-    micro_batch_tokens: float | None = None
 
 
 def forecast(plans: Sequence[LayerPlan], placement: Placement, rates: Rates, work: Work) -> Forecast:
@@ -130,26 +58,6 @@ def exposed_optimizer(plans: Sequence[LayerPlan], placement: Placement, rates: R
     return max(0.0, there.seconds - free.seconds)
 
 
-def hides(
-    rates: Rates, format: Format | None = None, away: float = 1.0, visits: int = 1, ranks: int = 1, rows: int = 1
-) -> dict[str, float]:
-    """A rank's tokens a visit from which on each lane hides; away: the share of weights that is streamed, and so
-    recomputed (section heads). rows: micro-batches a visit. Latencies come on top."""
-    format = format or Format()
-    working, flops = format.working, rates.flops / ranks
-    down = working * away + (4 if visits > 1 else 0)
-    up = 4 if visits > 1 else working
-    received = working * (ranks - 1)
-    return {
-        "down in forward": working * away * flops / (2 * rates.down),
-        "down in backward": down * flops / (6 * rates.down),
-        "up in backward": up * flops / (6 * rates.up),
-        "wire in forward": received * flops / (2 * rates.wire),
-        "wire in backward": received * (away + rows) * flops / ((6 if away else 4) * rates.wire),
-        "optimizer in forward": format.traffic * flops / (2 * rates.memory),
-    }
-
-
 class _Walk:
     """The virtual clock: one time a lane at which it is free, and what the executor hands to each, in its order."""
 
@@ -162,7 +70,8 @@ class _Walk:
             asked = math.ceil(work.tokens / work.micro_batch_tokens)
             rounds = -(-asked // self.ranks)
             tokens = min(work.tokens, rounds * work.micro_batch_tokens)
-        others = min(self.ranks - 1, asked / rounds)  # that a rank gets gradients from in a round
+        idle = max(0, rounds * self.ranks - asked - 1)  # of the last round, beside whoever else receives
+        others = self.ranks - 1 - idle / rounds  # that a rank gets gradients from in a round
         self.rows, self.tokens = rounds / placement.visits, tokens / placement.visits  # of this rank, a visit
         self.visits = min(placement.visits, VISITS)
         self.working, self.record, self.traffic = work.format.working, work.format.record, work.format.traffic
@@ -185,7 +94,8 @@ class _Walk:
         n = len(plans)
         self.weights: list[When] = [self.begin] * n  # the record's weights are up to date
         self.written: list[When] = [self.begin] * n  # and all of the record, on the disk too
-        self.exchanged: tuple[int, bool, When] | None = None  # gradients of a layer to add up, and if they are its last
+        self.exchanged: tuple[int, bool, When] | None = None  # a layer's gradients to add up; whether they are its last
+        self.gradients: list[When] = [self.begin] * n  # where AdamW wants them, in the next step too
         self.fresh: list[When | None] = [None] * n  # the kept copy, None: to be renewed
         self.users: list[When] = [self.begin] * SLOTS  # ends of the last uses of the slots
         self.staging: list[When] = [self.begin] * STAGING
@@ -226,7 +136,6 @@ class _Walk:
         """All visits, then the updates; returns when the gradients' norm is known."""
         self.sent: list[When] = []
         self.until: list[tuple[float, dict[str, dict[str, float]]]] = []  # clock and counts at the end of each visit
-        self.gradients = [self.begin] * len(self.plans)
         self.parked: dict[int, When] = {}
         for left in reversed(range(self.visits)):
             self.visit(last=left == 0)

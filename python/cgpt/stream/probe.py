@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 import torch
 
-from cgpt.stream.forecast import Rates
 from cgpt.stream.format import Format
 from cgpt.stream.layout import Layout
 from cgpt.stream.needs import BLOCK
+from cgpt.stream.rates import Rates
 from cgpt.stream.record import Record, dtype_of
 from cgpt.stream.store import Store
 from cgpt.stream.timeline import Timeline
