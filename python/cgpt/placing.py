@@ -101,8 +101,12 @@ def place_run(recipe: Recipe, world: World | None = None) -> Placed:
             aside = replace(found, aside=ASIDE)
             roomy = Placed(aside, _account(plans, aside, recipe, beside), budgets)
             return roomy if roomy.account.host <= budgets.host else placed
-    each = f", for each of a machine's {world.local_count} ranks" if world.local_count > 1 else ""
-    raise InputError(f"--placement: {refused}{each}") from refused
+    raise InputError(f"--placement: {refused}{_each(world)}") from refused
+
+
+def _each(world: World) -> str:
+    """Whose numbers a refusal tells."""
+    return f", for each of a machine's {world.local_count} ranks" if world.local_count > 1 else ""
 
 
 def _rounds(recipe: Recipe, largest: int, ranks: int) -> int:
@@ -122,7 +126,7 @@ def _refuse_what_cannot_fit(recipe: Recipe, whole: Account, world: World) -> Non
     if wanted > left:
         raise InputError(
             f"--model: {recipe.model} wants {bytes_text(wanted, up=True)} for state and gradients, got "
-            f"{bytes_text(left)} of free memory; --placement auto or --disk DIR streams what has no room"
+            f"{bytes_text(left)} of free memory{_each(world)}; --placement auto or --disk DIR streams what has no room"
         )
 
 
