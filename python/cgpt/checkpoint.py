@@ -38,7 +38,6 @@ from cgpt.model.gpt import GPT
 from cgpt.sharing import Meeting, Source, Whole, WholeRecord
 from cgpt.stream.build import build, check_device
 from cgpt.stream.format import MOMENTS
-from cgpt.stream.record import Record
 from cgpt.stream.store import Store
 from cgpt.tensor_files import write_tensors
 
@@ -68,8 +67,9 @@ def save(folder: Path, source: Source, step: int, state: dict, keep: int = 2) ->
             return Path(ranks.meet(str(_write(folder, whole, step, state, keep))))
         for index in range(len(whole.layers)):
             with whole.record(index) as record:
-                for name, _ in _tensors(record):
-                    failpoint(f"{name} sent")
+                for key in record.shapes:
+                    record.read(key)
+                    failpoint(f"{key} sent")
         return Path(ranks.meet())
 
 
@@ -87,8 +87,8 @@ def _write(folder: Path, source: Whole, step: int, state: dict, keep: int) -> Pa
         for index, layer in enumerate(source.layers):
             path = partial / f"{layer.name}.safetensors"
             with source.record(index) as record:
-                files[path.name] = _write_record(path, record)
-                moments = record.format.training
+                files[path.name] = write_tensors(path, record.shapes, _on_their_way(record))
+                moments = record.moments
             failpoint(f"{layer.name} written")
         path = partial / MANIFEST
         versions = {name: _version(name) for name in ("cgpt-ext", "torch", "safetensors")}
@@ -109,7 +109,7 @@ def _write(folder: Path, source: Whole, step: int, state: dict, keep: int) -> Pa
         failpoint("latest moved")
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
             raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
         raise
     for old in [name for name in steps(folder) if _step(name) <= step][keep:]:
@@ -237,7 +237,7 @@ def load(path: Path, store: Store, manifest: dict) -> None:
             with file as read, store.record(index, writing=True) as record:
                 for name in record.layout.names:
                     record.set_part(name, ranks.deal(record, name, name, read))
-                    for kind in _moments(record):
+                    for kind in MOMENTS if store.format.training else ():
                         there = record.view(kind, name)
                         if manifest.get("moments", True):
                             there.copy_(ranks.deal(record, name, f"{kind}/{name}", read).view(there.shape))
@@ -266,32 +266,11 @@ def remove_partial(folder: Path) -> None:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
-def _tensors(record: WholeRecord) -> Iterator[tuple[str, Tensor]]:
-    """A layer's logical tensors, fp32 on the CPU, one in memory at a time."""
-    for name in record.layout.names:
-        yield name, record.master(name)
-        for kind in _moments(record):
-            yield f"{kind}/{name}", record.moment(kind, name)
-
-
-def _write_record(path: Path, record: WholeRecord) -> dict:
-    """Writes a layer's safetensors file; returns its size and sha256."""
-
-    def on_their_way() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in _tensors(record):
-            failpoint(f"{name} on its way")
-            yield name, tensor
-
-    shapes = {
-        key: shape
-        for name, shape in zip(record.layout.names, record.layout.shapes, strict=True)
-        for key in (name, *(f"{kind}/{name}" for kind in _moments(record)))
-    }
-    return write_tensors(path, shapes, on_their_way())
-
-
-def _moments(record: Record | WholeRecord) -> tuple[str, ...]:
-    return MOMENTS if record.format.training else ()
+def _on_their_way(record: WholeRecord) -> Iterator[tuple[str, Tensor]]:
+    """A layer's tensors, one in memory at a time."""
+    for key in record.shapes:
+        failpoint(f"{key} on its way")
+        yield key, record.read(key)
 
 
 def _point_latest(folder: Path, name: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cgpt.errors import InputError
+from cgpt.stream.format import MOMENTS
 from cgpt.stream.record import Record, part_of
 from cgpt.world import World
 
@@ -53,12 +54,10 @@ class Meeting:
                 raise _error(rank, word)
         return said[0] and said[0]["value"]
 
-    def gather(self, record: Record, name: str, part: Tensor) -> Tensor:
-        """The whole of a parameter, or of a moment, from this rank's `part` (fp32, on the CPU) and the others', in its
-        shape on rank 0; empty elsewhere."""
+    def gather(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Rank 0's: all ranks' parts, of `sizes` elements (fp32, on the CPU), side by side; empty elsewhere."""
         self.meet()
-        whole = self._moved(self.world.gather_parts, part, _sizes(record, name))
-        return whole.view(_shape(record, name)) if self.world.first else whole
+        return self._moved(self.world.gather_parts, part, sizes)
 
     def deal(self, record: Record, name: str, key: str, read: Callable[[str], Tensor] | None) -> Tensor:
         """This rank's part of what rank 0 reads as `key`, of parameter `name`'s shape, fp32; empty where it has none.
@@ -100,28 +99,28 @@ class Whole:
 
 
 class WholeRecord:
-    """A layer's record as far as saving asks."""
+    """A layer's record as far as saving asks. shapes: of its tensors, in their order, by the names that they have in a
+    file: masters, and exp_avg/NAME and exp_avg_sq/NAME where it has moments."""
 
     def __init__(self, record: Record, ranks: Meeting):
-        self.layout, self.format = record.layout, record.format
         self._record, self._ranks = record, ranks
+        self.moments = record.format.training
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in zip(record.layout.names, record.layout.shapes, strict=True):
+            self.shapes |= dict.fromkeys((name, *(f"{kind}/{name}" for kind in MOMENTS if self.moments)), shape)
 
-    def master(self, name: str) -> Tensor:
-        """fp32, on the CPU."""
-        return self._ranks.gather(self._record, name, self._record.master(name))
-
-    def moment(self, kind: str, name: str) -> Tensor:
-        """fp32, on the CPU; to be looked at only."""
-        return self._ranks.gather(self._record, name, self._record.view(kind, name).to("cpu", torch.float32))
+    def read(self, key: str) -> Tensor:
+        """A tensor, fp32 on the CPU; to be looked at only."""
+        kind, _, name = key.rpartition("/")
+        record = self._record
+        part = record.view(kind, name).to("cpu", torch.float32) if kind else record.master(name)
+        whole = self._ranks.gather(part, _sizes(record, name))
+        return whole.view(self.shapes[key]) if self._ranks.world.first else whole
 
 
 def _sizes(record: Record, name: str) -> list[int]:
     """Elements of a parameter that each rank has."""
     return [part_of(record.layout, name, rank, record.ranks).size for rank in range(record.ranks)]
-
-
-def _shape(record: Record, name: str) -> tuple[int, ...]:
-    return record.layout.shapes[record.layout.names.index(name)]
 
 
 def _told(error: BaseException) -> dict:

@@ -139,10 +139,15 @@ def write_tensors(
             file.write(data)
 
         put(len(head).to_bytes(8, "little") + head)
-        for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
+        places = iter(shapes.items())
+        for given, tensor in tensors:
+            name, shape = next(places, (None, ()))
             if given != name or tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{path}: wanted {name} {tuple(shape)}, got {given} {tuple(tensor.shape)}")
             put(_bytes(tensor.to(FLOATS[dtype]).contiguous()))
+            del tensor  # before the next one is made
+        if (left := next(places, None)) is not None:
+            raise ValueError(f"{path}: wanted {left[0]}, got no more tensors")
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": 8 + len(head) + offset, "sha256": digest.hexdigest()}

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import ThreadWorld, on_ranks
+from torch.multiprocessing.reductions import StorageWeakRef
 from toy import DEPTH, Plain, batches, layers
 
 from cgpt import checkpoint
@@ -343,6 +344,27 @@ def test_damaged_and_foreign_checkpoints_are_refused_on_all_ranks(tmp_path):
     told = on_ranks(3, lambda world: refused(world, lambda run: None))
     assert len(set(told)) == 1
     assert "only damaged ones" in told[0]
+
+
+def test_rank_0_has_one_whole_tensor_at_a_time(tmp_path, monkeypatch):
+    gather, made = ThreadWorld.gather_parts, []
+
+    def watched(self, part, sizes):
+        assert all(storage.expired() for storage in made)
+        whole = gather(self, part, sizes)
+        if self.first:
+            made.append(StorageWeakRef(whole.untyped_storage()))
+        return whole
+
+    monkeypatch.setattr(ThreadWorld, "gather_parts", watched)
+
+    def work(world):
+        with Run(world, tmp_path / "checkpoints") as run:
+            run.save()
+            return len(run.store.names())
+
+    names, _ = on_ranks(2, work)
+    assert len(made) == 3 * names
 
 
 @pytest.mark.parametrize("where", HOMES)
