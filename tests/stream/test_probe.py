@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from ranks import on_ranks
 from toy import Plain, layers
 
 from cgpt.stream import probe as room
@@ -63,3 +64,25 @@ def test_works_of_two_lanes_run_at_once(tmp_path):
     store.close()
     assert max(seen) == 2
     assert all(0.02 <= seconds < 0.2 for seconds in taken.values())
+
+
+def test_the_wire_is_timed_by_all_ranks(small):
+    """Collectives that wait 4 ms each, and 20 ns a byte more that each rank receives."""
+
+    def work(world):
+        gather = world.all_gather
+
+        def slow(whole, part):
+            time.sleep(4e-3 + (whole.nbytes - part.nbytes) / RATE)
+            gather(whole, part)
+
+        world.all_gather = slow
+        store = Store(layers(Plain()), placement=Placement.resident(5, 2), world=world)
+        try:
+            return room.probe(store)
+        finally:
+            store.close()
+
+    for rates in on_ranks(2, work):
+        assert rates.wire == pytest.approx(RATE, rel=0.3)
+        assert 4e-3 <= rates.wire_latency < 12e-3
