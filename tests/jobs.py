@@ -79,6 +79,8 @@ def lead(arguments: list[str], ranks: int, where: str, aside: int | None, kills:
 def take_part(arguments: list[str], where: str, aside: int | None, kills: list) -> None:
     """A rank."""
     os.setsid()  # as torchrun's are
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     start, rank = (int(os.environ[name]) for name in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
     path = Path(f"pid-{start}-{rank}.tmp")
     path.write_text(str(os.getpid()))

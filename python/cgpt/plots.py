@@ -12,7 +12,7 @@ import numpy as np
 from cgpt.pictures import blank, plain, write
 
 LOSS = "loss.png"
-LANES = ("compute", "down", "up", "wire", "optimizer", "read", "write")  # from the top
+LANES = ("compute", "down", "up", "wire", "optimizer", "read", "write")  # from the top; no wire without other ranks
 COLOURS = {  # by the last word of a span's name
     "forward": "tab:blue",
     "head": "tab:red",
@@ -76,8 +76,8 @@ def plot_timeline(path: Path, spans: Sequence[Any]) -> Path:
     begin = min((span.begin for span in spans), default=0.0)
     length = max((span.end for span in spans), default=1.0) - begin
     unit, factor = ("s", 1.0) if length >= 1 else ("ms", 1e3)
-    names = []
-    for row, lane in enumerate(LANES):
+    names, lanes = [], [lane for lane in LANES if lane != "wire" or any(span.lane == lane for span in spans)]
+    for row, lane in enumerate(lanes):
         mine = [span for span in spans if span.lane == lane]
         busy = sum(span.end - span.begin for span in mine)
         names.append(f"{lane} {busy / length:.0%}" if length else lane)
@@ -93,8 +93,8 @@ def plot_timeline(path: Path, spans: Sequence[Any]) -> Path:
     for kind, colour in {**COLOURS, "other": OTHER}.items():
         if kind in found:
             axes.barh(0, 0, color=colour, label=kind)
-    axes.set_yticks(range(len(LANES)), names)
-    axes.set_ylim(len(LANES) - 0.5, -0.5)
+    axes.set_yticks(range(len(lanes)), names)
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
     axes.set_xlim(0, length * factor or 1)
     axes.set_xlabel(f"{unit} from the first span")
     axes.grid(axis="x", alpha=0.25)

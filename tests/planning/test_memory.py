@@ -18,8 +18,9 @@ LARGE = "--model", "13B", "--device", "h100", "--host-memory", "128GiB"
 def test_the_schema(capsys):
     found = answer(capsys, *SMALL)
     assert set(found) == {
-        "model", "parameters", "device", "precision", "moments", "tokens_per_step", "visits", "tokens_per_visit",
-        "micro_batch_tokens", "layers", "activations", "memory", "forecast", "disk", "rates", "sources",
+        "model", "parameters", "device", "count", "node", "precision", "moments", "tokens_per_step", "visits",
+        "tokens_per_visit", "micro_batch_tokens", "layers", "activations", "memory", "forecast", "disk", "rates",
+        "sources",
     }  # fmt: skip
     assert (found["model"], found["parameters"]) == ("111M", PRESETS["111M"].config.n_params)
     assert found["visits"] * found["tokens_per_visit"] >= found["tokens_per_step"] == 16384
@@ -34,12 +35,16 @@ def test_the_schema(capsys):
         "seconds", "tokens_per_second", "model_flops_per_second", "mfu", "binding", "bound", "lanes", "stalls", "fill",
         "exposed_optimizer", "hides_from_tokens",
     }  # fmt: skip
-    assert walk["lanes"].keys() == walk["stalls"].keys() == {"compute", "down", "up", "optimizer", "read", "write"}
+    lanes = {"compute", "down", "up", "wire", "optimizer", "read", "write"}
+    assert walk["lanes"].keys() == walk["stalls"].keys() == lanes
     assert walk["tokens_per_second"] == pytest.approx(16384 / walk["seconds"])
     assert walk["mfu"] == pytest.approx(walk["model_flops_per_second"] / 165.2e12)
     assert 0 < walk["bound"] <= walk["seconds"]
     assert found["disk"] == {"read_bytes": 0, "written_bytes": 0, "drive_days": None}
-    assert set(found["rates"]) == {"flops", "down", "up", "memory", "read", "write", "latency", "half_duplex"}
+    assert set(found["rates"]) == lanes - {"compute", "optimizer"} | {
+        "flops", "memory", "latency", "half_duplex", "wire_latency",
+    }  # fmt: skip
+    assert found["rates"]["wire"] is None  # no other device: JSON has no infinity
     assert set(found["sources"]) == {"device", "link", "disk"}
 
 

@@ -57,7 +57,7 @@ def test_2_3e22_flops_are_13b(capsys):
 
 def test_a_million_a100_hours(capsys):
     """The question of Le Scao et al. 2022 (arXiv 2210.15424)."""
-    argv = "--budget", "1e6 A100-hours", "--count", 384, *QUICK
+    argv = "--budget", "1e6 A100-hours", "--count", 384
     found = agrees(answer(capsys, *argv))
     assert found["device"] == "a100-80gb"
     assert found["flops"] == pytest.approx(1e6 * 3600 * 312e12 * 0.55, rel=1e-3)
@@ -66,7 +66,8 @@ def test_a_million_a100_hours(capsys):
     assert found["tokens_per_param"] == pytest.approx(20, rel=0.05)
     assert "assumed: the device's sustained share" in found["utilisation_source"]
     assert any("extrapolation" in note for note in found["notes"])
-    assert any("384 times one" in note for note in found["notes"])
+    assert any("each of 384 devices waits for the others" in note for note in found["notes"])
+    assert "NVLink" not in "".join(found["sources"].values())  # a device a machine, unless --node says otherwise
     twice = answer(capsys, "--budget", "2000000 A100 hours", *QUICK, "--utilisation", 0.275)
     assert twice["params"] == found["params"]
 
@@ -146,6 +147,19 @@ def test_more_devices_divide_the_time_alone(capsys):
     assert one["params"] == eight["params"]
 
 
+def test_more_devices_are_forecast_with_what_is_lost_between_them(capsys):
+    one, eight, slow = (
+        answer(capsys, "--flops", "1e20", *more) for more in ((), ("--count", 8), ("--count", 8, "--network", "2GB"))
+    )
+    assert eight["utilisation_source"] == slow["utilisation_source"] == "forecast for this shape on 8 devices"
+    assert 0.9 * one["utilisation"] < eight["utilisation"] < one["utilisation"]
+    assert slow["utilisation"] < 0.8 * eight["utilisation"]
+    assert slow["time"]["seconds"] > eight["time"]["seconds"]
+    assert slow["streams"]["binding"] == "wire"
+    speed = eight["streams"]["tokens_per_second"]
+    assert eight["time"]["seconds"] == pytest.approx(eight["tokens"] / speed)
+
+
 def test_options_stand_side_by_side(capsys):
     found = answer(capsys, "--flops", "1e22", "--law", "chinchilla", "--inference-tokens", "1e13", *QUICK)
     names = [option["name"] for option in found["options"]]
@@ -203,7 +217,9 @@ def test_published_sizes_are_planned_as_they_were_trained(capsys):
         ),
         ("--params 1e8 --law none.json", "--law: wanted the JSON of `cgpt fit`, got no file none.json"),
         ("--params 1e8 --device tpu", "--device: wanted one of h100, h200, a100-80gb, rtx-4090, cpu, got tpu"),
-        ("--params 1e8 --count 0", "--count: wanted a number above 0, got 0"),
+        ("--params 1e8 --count 0", "--count: wanted a number above 0, or a range such as 1..64, got 0"),
+        ("--params 1e8 --count 1..8", "--count: wanted one number here, a range goes with --model, got 1..8"),
+        ("--params 1e8 --network fast", "--network: wanted one of 400g, 200g, 100g,"),
         ("--params 1e8 --count 5000", "--count: wanted at most the 112 sequences of a step, got 5000"),
         ("--params 1e8 --utilisation 1.5", "--utilisation: wanted a share of the peak up to 1, got 1.5"),
         ("--params 1e8 --sustained 0", "--sustained: wanted a share of the peak up to 1, got 0"),
@@ -213,7 +229,7 @@ def test_published_sizes_are_planned_as_they_were_trained(capsys):
         ("--params 1e8 --write no/plan.json", "--write: wanted a file in a folder that is there, got no/plan.json"),
         ("--params 1e8 --plot plan.txt", "--plot: wanted a file ending in .png, .svg, .pdf, got plan.txt"),
         ("--model 13B --params 1e8", "--model: wanted it or --params, got both"),
-        ("--count 8", "--count: wanted --flops, --budget, --params, --tokens or --loss with it, got none"),
+        ("--plot plan.png", "--plot: wanted --count 1..64, or --flops, --budget, --params, --tokens or --loss with it"),
         ("--params many", "--params"),
     ],
 )
@@ -225,6 +241,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, line, wanted):
 
 def test_for_people(capsys):
     found = text(capsys, "--flops", "1e20", "--count", 2, "--inference-tokens", "1e12", *QUICK)
+    assert "note: by forecast each of 2 devices waits for the others" in found
     lines = {line.split()[0]: line for line in found.splitlines() if line.strip()}
     assert list(lines)[:11] == [
         "model", "tokens", "loss", "compute", "time", "cost", "memory", "disk", "batch", "rate", "muP",

@@ -216,3 +216,87 @@ def test_binding_names_what_the_arithmetic_waits_for():
     stalls = {"down": 0.5, "up": 0.1}
     assert Forecast(10.0, 1, {}, stalls, 0, 0, 0).binding == "down"
     assert Forecast(100.0, 1, {}, stalls, 0, 0, 0).binding == "compute"
+
+
+RANKS, WIRE = 4, replace(RATES, down=1e12, up=1e12, wire=1e9)
+
+
+def shared(place=RESIDENT, rows=1, tokens=4000.0, rates=WIRE, **more):
+    """A step of so many tokens on each of RANKS."""
+    place = replace(place, ranks=RANKS, micro_batches=rows, **more)
+    return step(place, RANKS * tokens, rates)
+
+
+def crossing(elements):
+    """Seconds of weights or gradients, a rank's own part being there already."""
+    return (RANKS - 1) / RANKS * 2 * elements / WIRE.wire
+
+
+@pytest.mark.parametrize(("place", "times"), [(HOST, 2), (everywhere("device", "host"), 1), (RESIDENT, 1)])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_wire_by_hand(place, times, rows):
+    found = shared(place, rows)
+    small = RANKS * TINY  # a chunk of the embedding, and of the head, is one rank's; the others' are padding
+    weights = times * L * P + (3 if times == 2 else 2) * small
+    numbers = (RANKS - 1) * 8 * (rows + (L * P / RANKS + 2 * TINY) / 1024)
+    assert found.received == near(crossing(weights + rows * (L * P + 2 * small)) * WIRE.wire + numbers)
+    assert found.lanes["wire"] == near(found.received / WIRE.wire)
+
+
+def test_each_rank_does_its_share():
+    alone, found = step(HOST, 4000), shared(HOST, tokens=1000)
+    for lane in ("down", "up", "optimizer"):
+        assert found.lanes[lane] == pytest.approx(
+            alone.lanes[lane] * (1 if lane == "optimizer" else 1e-3) / 4, rel=0.01
+        )
+    assert found.lanes["compute"] == near(alone.lanes["compute"] / 4)
+    assert found.tokens == alone.tokens
+
+
+def test_nobody_else_changes_nothing():
+    for place in (HOST, RESIDENT, everywhere("host", "disk"), replace(HOST, visits=3, micro_batches=2)):
+        assert step(place, rates=replace(RATES, wire=1.0, wire_latency=1.0)) == step(place)
+
+
+def test_forward_hides_the_wire_from_its_threshold_on():
+    rates = replace(WIRE, flops=1e12)
+    threshold = hides(rates, away=0.0, ranks=RANKS)["wire in forward"]
+    assert threshold == near(3 / 4 * 2 * 1e12 / (2 * 1e9))
+    several = {"rows": 1, "visits": 4}  # of which the first alone has weights to wait for
+    once = shared(tokens=4 * 0.5 * threshold, rates=rates, **several)
+    late = L * (crossing(P) - block(1, 0.5 * threshold))
+    backward = 4 * L * (crossing(P) - block(2, 0.5 * threshold))  # whose threshold is the same, with nothing streamed
+    assert once.stalls["wire"] == pytest.approx(late + max(0, backward), abs=4 * 2 * crossing(P))
+    above = shared(tokens=4 * 1.1 * threshold, rates=rates, **several)
+    ends = 4 * (crossing(P) + crossing(RANKS * TINY))  # each visit's last gradients, and the first weights
+    assert above.stalls["wire"] < 1.2 * (ends + crossing(P))
+
+
+@pytest.mark.parametrize(("place", "away"), [(RESIDENT, 0.0), (HOST, 1.0)])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_backward_hides_the_wire_from_its_threshold_on(place, away, rows):
+    place = replace(place, recompute=(bool(away),) * N)
+    threshold = hides(WIRE, away=away, ranks=RANKS, rows=rows)["wire in backward"]
+    assert threshold == near(3 / 4 * 2 * max(away + rows, rows * (1 + away / 2)) * 1e12 / ((6 if away else 4) * 1e9))
+    above, below = (shared(place, rows, tokens=share * threshold) for share in (1.1, 0.5))
+    forward = max(0, crossing(P) - block(1, 0.5 * threshold))
+    backward = (away + rows) * crossing(P) - block(3 if away else 2, 0.5 * threshold)
+    assert below.binding == "wire"
+    assert below.stalls["wire"] == pytest.approx(L * (forward + backward), rel=0.1)
+    hidden = L * max(0, crossing(P) - block(1, 1.1 * threshold))  # forward has a threshold of its own
+    assert above.stalls["wire"] < hidden + 3.5 * crossing(P)  # the ends
+
+
+def test_latency_is_paid_by_the_collective():
+    plain, slow = (shared(HOST, 3, rates=replace(WIRE, wire_latency=late)) for late in (0.0, 1e-3))
+    calls = 2 * (N - 1) + 1 + 3 * N + 1  # weights, gradients, and the step's numbers
+    assert slow.lanes["wire"] - plain.lanes["wire"] == near(calls * 1e-3)
+
+
+def test_micro_batches_that_do_not_divide_evenly():
+    """Of seven, the first of four ranks has two."""
+    work = Work(Format(), 7 * 100.0, 1, micro_batch_tokens=100.0)
+    place = replace(RESIDENT, ranks=RANKS, micro_batches=2, recompute=(False,) * N)
+    found = forecast(PLANS, place, replace(WIRE, wire=1e15), work)
+    assert found.lanes["compute"] == near((6 * P * L + 6 * TINY) * 200 / 1e12)
+    assert found.tokens == 700

@@ -47,10 +47,10 @@ class Row:
 
     @property
     def idle(self) -> float:
-        """Share of the devices' turns without a micro-batch, the last turn of a step being short of some."""
-        asked, setting = self.found.problem, self.found.setting
-        turns = -(-asked.tokens_per_step // (setting.micro_batch_tokens * self.count))
-        return 1 - asked.tokens_per_step / (turns * setting.micro_batch_tokens * self.count)
+        """Share of what the devices could do beside the first, for whose micro-batches they wait at a step's end."""
+        step, each = self.found.problem.tokens_per_step, self.found.setting.micro_batch_tokens
+        first = min(step, -(-step // (each * self.count)) * each)
+        return 1 - step / (first * self.count)
 
     def _latency(self) -> float:
         """Seconds of the step that collectives' latency costs."""

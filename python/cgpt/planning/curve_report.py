@@ -7,7 +7,7 @@ from pathlib import Path
 from cgpt.pictures import COLOURS, blank, check_plot, plain, write
 from cgpt.planning.curve import LINEAR, Curve, Row
 from cgpt.planning.memory_report import assumed, machines, sources
-from cgpt.stream.placement import Placement
+from cgpt.stream.placement import TIERS, Placement
 
 REASONS = {  # in the order of the picture's colours
     "compute": "the arithmetic, as it should be",
@@ -27,8 +27,9 @@ def placed(placement: Placement) -> str:
     count, streamed = len(placement.weights), sum(at != "device" for at in placement.weights)
     if streamed:
         return f"streamed {streamed} of {count}"
-    away = sum(home != "device" for home in placement.state)
-    return f"state of {away} of {count} away" if away else "resident"
+    homes = [home for home in placement.state if home != "device"]
+    tiers = " and ".join(tier for tier in TIERS if tier in homes)
+    return f"state of {len(homes)} of {count} on {tiers}" if homes else "resident"
 
 
 def to_dict(found: Curve) -> dict:
@@ -85,22 +86,23 @@ def show(found: Curve) -> str:
     """For people: the table, where it bends and why, and what that rests on."""
     asked = found.problem
     head = f"{'devices':>7} {'step s':>9} {'tokens/s':>12} {'speed-up':>8} {'efficiency':>10} {'TFLOP/s each':>12}"
+    head += f" {'of peak':>7}  {'bound by':9}  {'step of each':12}  placement"
     lines = [
         f"{asked.model}, {asked.shape.n_params:,} parameters on {asked.hardware.name}s; {asked.tokens_per_step:,} "
-        f"tokens a step, {asked.sequences:,} sequences",
+        f"tokens a step, {asked.sequences:,} sequences; each device's in visits x micro-batches x sequences",
         "",
-        f"{head} {'peak':>6} {'micro-batch':>12} {'visits':>6}  {'bound by':9}  placement",
+        head,
     ]
     for row in found.rows:
         if row.found is None:
             lines.append(f"{row.count:7,} {row.why}")
             continue
         setting, flops = row.found.setting, row.found.model_flops
-        batch = f"{setting.micro_batches} x {setting.micro_batch_tokens // asked.shape.seq_len}"
+        step = f"{setting.visits} x {setting.micro_batches} x {setting.micro_batch_tokens // asked.shape.seq_len}"
         lines.append(
             f"{row.count:7,} {row.found.forecast.seconds:9.4g} {row.found.speed:12,.0f} {row.speed_up:8.4g} "
-            f"{row.efficiency:10.1%} {flops / 1e12:12.4g} {flops / asked.hardware.peak:6.1%} {batch:>12} "
-            f"{setting.visits:6}  {row.binding:9}  {placed(row.found.placement)}"
+            f"{row.efficiency:10.1%} {flops / 1e12:12.4g} {flops / asked.hardware.peak:7.1%}  {row.binding:9}  "
+            f"{step:12}  {placed(row.found.placement)}"
         )
     return "\n".join(
         [*lines, "", *verdict(found), f"assumed   {assumed(asked)}, at {machines(asked)}", _sources(found)]

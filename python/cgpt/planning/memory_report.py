@@ -124,7 +124,7 @@ def assumed(problem: Problem) -> str:
         f"{rates.down / 1e9:.3g} GB/s each way, host memory {rates.memory / 1e9:.3g} GB/s"
     )
     if problem.count > 1:
-        told += f", {rates.wire / 1e9:.3g} GB/s from the other devices and {1e6 * rates.wire_latency:.3g} us a call"
+        told += f", {rates.wire / 1e9:.3g} GB/s from the other devices and {1e3 * rates.wire_latency:.3g} ms a call"
         if problem.sharing > 1:
             told += f"; the {problem.sharing} devices of a machine share its host memory and disk"
     return told
@@ -136,7 +136,7 @@ def _binding(found: Found) -> str:
         return "compute: everything else hides behind it"
     text = f"{walk.binding}: the arithmetic waits {walk.stalls[walk.binding]:.3g} s for it"
     known = {lane: tokens for lane, tokens in found.hides_from.items() if lane.startswith(walk.binding)}
-    if not known:
+    if max(known.values(), default=0) <= found.tokens_per_visit:  # it hides but at the ends of visits
         return text
     lane = max(known, key=known.get)
     return f"{text}; {lane} hides from {known[lane]:,.0f} tokens a visit"

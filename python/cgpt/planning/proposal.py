@@ -1,7 +1,7 @@
 """`cgpt plan --budget ...`: the model that a budget, a size, an amount of text or a loss asks for, and what it takes.
 
 The law gives parameters and tokens, the published models shape and recipe, the streaming planner the memory and the
-speed on one device; time, energy and money are FLOPs / (devices x peak x utilisation). Imports no torch.
+speed on all devices; time, energy and money are FLOPs / (devices x peak x utilisation). Imports no torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Proposal:
     """best: parameters that a shape was looked for of. point: the shape's parameters, its tokens, and the law.
 
     flops_per_token: of the shape, by the published convention. utilisation: of the devices' peak, in FLOPs of that
-    convention, and `reason`, where it comes from. found: where its memory lives on one device, or None and `refusal`.
+    convention, and `reason`, where it comes from. found: where its memory lives on each device, or None and `refusal`.
     options: other uses of the same FLOPs. life: with inference, the law that was asked and what it says.
     """
 
@@ -102,11 +102,10 @@ class Proposal:
 
     @property
     def forecast_utilisation(self) -> float | None:
-        """As `utilisation`, by the forecast of this shape on one device; None where it does not fit."""
+        """As `utilisation`, by the forecast of this shape on so many devices; None where it does not fit."""
         if self.found is None:
             return None
-        walk = self.found.forecast
-        return walk.tokens / walk.seconds * self.flops_per_token / self.hardware.peak
+        return self.found.speed / self.count * self.flops_per_token / self.hardware.peak
 
     @property
     def streams(self) -> bool:
@@ -142,7 +141,7 @@ def propose(asked: Plan) -> Proposal:
     if settled.tokens < family.seq_len:
         raise InputError(f"tokens: wanted at least a sequence of {family.seq_len}, got {settled.tokens:.3g}")
     training = hyperparameters(shape.n_params, settled.tokens, family.seq_len)
-    count = asked.count or 1
+    count = asked.one_count
     smallest = min(batch for _, batch in training.batch_schedule)
     if count > smallest:
         raise InputError(f"--count: wanted at most the {smallest} sequences of a step, got {count}")
@@ -152,8 +151,8 @@ def propose(asked: Plan) -> Proposal:
     elif budget is not None and budget.kind != "flops" and (budget.device or device) == device:
         utilisation, reason = assumed, "assumed: the device's sustained share, by which the budget was counted"
     elif found is not None:
-        speed = found.forecast.tokens / found.forecast.seconds
-        utilisation, reason = speed * each / DEVICES[device].peak, "forecast for this shape on one device"
+        utilisation = found.speed / count * each / DEVICES[device].peak
+        reason = f"forecast for this shape on {'one device' if count == 1 else f'{count} devices'}"
     else:
         utilisation, reason = _sustained(asked, DEVICES[device]), "assumed: the device's sustained share"
     point = replace(settled, tokens=training.tokens)
@@ -219,7 +218,7 @@ def write(found: Proposal, path: Path) -> None:
 def _check(asked: Plan) -> None:
     if asked.flops is not None and asked.budget is not None:
         raise InputError("--budget: wanted it or --flops, got both")
-    for name in ("count", "vocab_size", "seq_len"):
+    for name in ("vocab_size", "seq_len"):
         value = getattr(asked, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: wanted a number above 0, got {value}")
@@ -251,14 +250,14 @@ def _shape(family: Family, params: float) -> GPTConfig:
 def _place(
     asked: Plan, shape: GPTConfig, device: str, training: Hyperparameters, count: int
 ) -> tuple[Found | None, str | None]:
-    """Where its memory lives on one of the devices, which takes its share of the largest batch; or why it cannot."""
+    """Where its memory lives on each of the devices, in a step of the largest batch; or why it cannot."""
     largest = max(batch for _, batch in training.batch_schedule)
     machine = asked.machine
     machine["host_memory"] = machine["host_memory"] or NO_LIMIT
-    machine["tokens_per_step"] = machine["tokens_per_step"] or -(-largest // count) * shape.seq_len
-    one = problem("the plan", device, shape=shape, **machine)
+    machine["tokens_per_step"] = machine["tokens_per_step"] or largest * shape.seq_len
+    shared = problem("the plan", device, shape=shape, count=count, **machine)
     try:
-        return solve(one), None
+        return solve(shared), None
     except InputError as refusal:
         return None, str(refusal)
 

@@ -10,6 +10,7 @@ import numpy as np
 from cgpt.metrics import human
 from cgpt.model.presets import GPT2_VOCAB
 from cgpt.pictures import blank, check_plot, plain, write
+from cgpt.planning.memory_report import sources as memory_sources
 from cgpt.planning.proposal import Proposal, mup_settings
 from cgpt.scaling.budget import HOUR
 from cgpt.scaling.flops import PF_DAY
@@ -78,7 +79,10 @@ def to_dict(found: Proposal) -> dict:
         "options": [{"name": name, **_option(found, option)} for name, option in found.options.items()],
         "inference": None if found.life is None else {"law": found.life[0].name, **found.life[1].to_dict()},
         "notes": notes(found),
-        "sources": {"device": found.hardware.source, "cost": found.hardware.cost_source},
+        "sources": {
+            **(memory_sources(found.found.problem) if found.found else {"device": found.hardware.source}),
+            "cost": found.hardware.cost_source,
+        },
     }
 
 
@@ -99,13 +103,23 @@ def notes(found: Proposal) -> list[str]:
     if found.shape.vocab_size != GPT2_VOCAB and not isinstance(found.law, FittedLaw):
         said.append(f"{found.law.name} tells the loss per token of its own data and vocabulary, not of another")
     if found.count > 1:
-        said.append(f"{found.count} devices are taken to be {found.count} times one: nothing is lost between them")
+        said.append(_between(found))
     forecast = found.forecast_utilisation
     if forecast is not None and forecast < 0.9 * found.utilisation:
         years = _duration(found.cost.seconds * found.utilisation / forecast)
-        said.append(f"with all state at each device the forecast is {100 * forecast:.1f} % of the peak: {years}")
+        said.append(f"the forecast for this shape and machine is {100 * forecast:.1f} % of the peak: {years}")
     said.append("energy is the devices' own at full load; hosts and cooling come on top")
     return said
+
+
+def _between(found: Proposal) -> str:
+    """What is lost between devices, by the forecast."""
+    if found.found is None:
+        return f"{found.count} devices are taken to be {found.count} times one, for there is no forecast"
+    walk = found.found.forecast
+    lost = f"waits for the others {100 * walk.stalls['wire'] / walk.seconds:.1f} % of a step"
+    taken = "" if found.reason.startswith("forecast") else ", which the utilisation taken does not know"
+    return f"by forecast each of {found.count} devices {lost}{taken}"
 
 
 def show(found: Proposal) -> str:
@@ -143,7 +157,8 @@ def show(found: Proposal) -> str:
     told = [f"{name:9} {text}" for name, text in lines.items()]
     told += ["", *_table(found, row)]
     told += ["", *(f"note: {note}" for note in row["notes"])]
-    told.append(f"sources: {row['law']['source']}; {row['sources']['device']}; {row['sources']['cost']}")
+    rates = [row["sources"][name] for name in ("device", "peers", "network", "cost") if name in row["sources"]]
+    told.append("sources: " + "; ".join([row["law"]["source"], *rates]))
     return "\n".join(told)
 
 
@@ -194,7 +209,8 @@ def _streams(found: Proposal) -> dict:
         "bytes": {"device": parts.device, "host": parts.host, "disk": parts.disk},
         "tokens_per_visit": found.found.tokens_per_visit,
         "visits": found.found.setting.visits,
-        "tokens_per_second": walk.tokens / walk.seconds,
+        "tokens_per_second": found.found.speed,
+        "tokens_per_second_each": found.found.speed / found.count,
         "mfu": found.found.model_flops / found.hardware.peak,
         "binding": walk.binding,
     }
@@ -203,9 +219,10 @@ def _streams(found: Proposal) -> dict:
 def _memory(found: Proposal) -> str:
     row = _streams(found)
     if not row["fits"]:
-        return f"does not fit one device: {row['why']}"
+        each = "one device" if found.count == 1 else f"{found.count} devices"
+        return f"does not fit {each}: {row['why']}"
     sizes = ", ".join(f"{tier} {bytes_text(row['bytes'][tier], up=True)}" for tier in TIERS if row["bytes"][tier])
-    speed = f"{human(row['tokens_per_second'])} tokens/s each, {100 * row['mfu']:.1f} % MFU by forecast"
+    speed = f"{human(row['tokens_per_second_each'])} tokens/s each, {100 * row['mfu']:.1f} % MFU by forecast"
     if not row["streamed"]:
         return f"resident on each device: {sizes}; {speed}"
     state = ", ".join(f"{count} layers on the {tier}" for tier, count in row["state"].items() if count)

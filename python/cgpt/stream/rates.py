@@ -9,8 +9,9 @@ Of N ranks, T are a rank's tokens in k micro-batches of t; s = (N - 1) / N; V by
 link and DRAM have to hide is 1 / N of the above, and
 
     weights hide behind forward    T >= s w F / 2V
-    and gradients behind backward  T >= s w F (1 + k) / 6V where streamed, of which s w F / 6V a micro-batch;
-                                   t >= s w F / 4V where kept and not recomputed
+    and gradients behind backward  T >= s w F k / 4V where kept and not recomputed
+                                   T >= s w F max(1 + k, 3k / 2) / 6V where streamed: what a layer exchanges in all,
+                                   and that weights between two exchanges leave two micro-batches for all three
 """
 
 from __future__ import annotations
@@ -95,12 +96,12 @@ def hides(
     working, flops = format.working, rates.flops / ranks
     down = working * away + (4 if visits > 1 else 0)
     up = 4 if visits > 1 else working
-    received = working * (ranks - 1)
+    received, passes = working * (ranks - 1), 6 if away else 4
     return {
         "down in forward": working * away * flops / (2 * rates.down),
         "down in backward": down * flops / (6 * rates.down),
         "up in backward": up * flops / (6 * rates.up),
         "wire in forward": received * flops / (2 * rates.wire),
-        "wire in backward": received * (away + rows) * flops / ((6 if away else 4) * rates.wire),
+        "wire in backward": received * max(away + rows, rows * (1 + away / 2)) * flops / (passes * rates.wire),
         "optimizer in forward": format.traffic * flops / (2 * rates.memory),
     }
