@@ -81,6 +81,10 @@ def test_restarts_are_counted_by_torchrun():
         ("--devices 2 --hang-timeout -1", "--hang-timeout: wanted a number of at least 0, got -1.0"),
         ("--devices 2 --max-restarts -1", "--max-restarts: wanted a number of at least 0, got -1"),
         ("--devices 2 --out corpus.txt", "corpus.txt: wanted a folder for the run, got a file"),
+        (
+            "--devices 2",
+            "--devices: wanted at most the 1 micro-batch of a step, got 2; --micro-batch-size 2 or less makes more",
+        ),
         ("--devices 2 --resume", "runs/tiny-moby-dick: wanted a run to resume, got none"),
     ],
 )
@@ -190,7 +194,7 @@ def begin(folder: Path, does: str, *words: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHON_EXEC": str(stand_in)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, "-m", "cgpt", "train", "--devices", "2", *words]
+    command = [sys.executable, "-m", "cgpt", "train", "--devices", "2", "--micro-batch-size", "1", *words]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

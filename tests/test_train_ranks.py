@@ -196,7 +196,7 @@ def test_the_least_that_any_rank_has_places_all(here, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({}, "--devices: wanted at most the 5 micro-batches of a step, got 6; --batch-size makes more"),
+        ({}, "--devices: wanted at most the 5 micro-batches of a step, got 6; a larger --batch-size makes more"),
         (
             {"batch_size": 13, "micro_batch_size": 4},
             "--devices: wanted at most the 4 micro-batches of a step, got 6; --micro-batch-size 2 or less makes more",

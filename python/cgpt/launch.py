@@ -27,7 +27,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from cgpt.errors import InputError
-from cgpt.recipe import CONFIG, Recipe, new_folder, read_resumed, resolve, resolve_resumed, resumed_folder
+from cgpt.recipe import (
+    CONFIG,
+    Recipe,
+    new_folder,
+    read_resumed,
+    resolve,
+    resolve_resumed,
+    resumed_folder,
+)
+from cgpt.schedule import most_micro_batches
 from cgpt.stream.cores import launcher, usable_cores
 from cgpt.train_flags import TrainConfig
 
@@ -147,9 +156,12 @@ def _asked(config: TrainConfig) -> tuple[Recipe, Path]:
     """What is to be trained, as far as flags tell, and where."""
     if config.resume:
         folder = resumed_folder(config)
-        return resolve_resumed(config, read_resumed(folder)[0], folder), folder
-    recipe = resolve(config)
-    return recipe, new_folder(config, recipe)
+        recipe = resolve_resumed(config, read_resumed(folder)[0], folder)
+    else:
+        recipe = resolve(config)
+        folder = new_folder(config, recipe)
+    most_micro_batches(recipe.largest_batch, recipe.micro_batch_size, config.devices)
+    return recipe, folder
 
 
 def _count_gpus(devices: int, gpus: int) -> None:

@@ -135,7 +135,6 @@ def open_run(job: Job) -> Run:
     """Everything a run needs, checked in the order of cost; a new run's folder is made only once all of it holds."""
     recipe, folder, identity, resumed = job.recipe, job.folder, job.identity, job.identity is not None
     world, say = job.world, console.say if job.world.first else console.hush
-    cores = settle_down(world, recipe.device)
     implementations = implementations_on(recipe.device)
     placed = place_run(recipe, world)
     if not placed.streams:  # a run that streams counts on freed memory being free
@@ -153,6 +152,7 @@ def open_run(job: Job) -> Run:
     if dataset.vocab_size > recipe.shape.vocab_size:
         raise InputError(f"{recipe.data}: wanted ids under {recipe.shape.vocab_size}, got {dataset.vocab_size}")
 
+    cores = settle_down(world, recipe.device)  # only now: text is tokenized on all of the machine's
     if placed.streams or world.count > 1:
         check_machine(recipe.format, recipe.device, placed.placement, recipe.disk, world)
     timeline = Timeline() if job.timeline or placed.streams else None

@@ -23,6 +23,7 @@ import torch
 from cgpt.agreement import together
 from cgpt.errors import InputError
 from cgpt.recipe import Recipe
+from cgpt.schedule import most_micro_batches
 from cgpt.stream.account import Account, account, boundary_bytes
 from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
@@ -67,8 +68,8 @@ def place_run(recipe: Recipe, world: World | None = None) -> Placed:
     """The placement that the recipe asks for, of each rank; all of them call it. Raises InputError, with both numbers,
     where it cannot be had."""
     world, plans = world or World(), gpt_plans(recipe.shape)
-    largest = max(batch for _, batch in recipe.batch_schedule)
-    count = _rounds(recipe, largest, world.count)
+    largest = recipe.largest_batch
+    count = most_micro_batches(largest, recipe.micro_batch_size, world.count)
     everything = replace(Placement.resident(len(plans), world.count), visits=count)
     beside = "host" if recipe.device == "cpu" else "device"
     whole = None
@@ -101,18 +102,12 @@ def place_run(recipe: Recipe, world: World | None = None) -> Placed:
             aside = replace(found, aside=ASIDE)
             roomy = Placed(aside, _account(plans, aside, recipe, beside), budgets)
             return roomy if roomy.account.host <= budgets.host else placed
-    each = f", for each of a machine's {world.local_count} ranks" if world.local_count > 1 else ""
-    raise InputError(f"--placement: {refused}{each}") from refused
+    raise InputError(f"--placement: {refused}{_each(world)}") from refused
 
 
-def _rounds(recipe: Recipe, largest: int, ranks: int) -> int:
-    """The most micro-batches of a step that a rank has. Raises InputError where some rank would never have one."""
-    count = -(-largest // recipe.micro_batch_size)
-    if ranks > count:
-        more = f"--micro-batch-size {largest // ranks} or less" if ranks <= largest else "--batch-size"
-        wanted = f"wanted at most the {count} micro-batch{'es' * (count > 1)} of a step"
-        raise InputError(f"--devices: {wanted}, got {ranks}; {more} makes more")
-    return -(-count // ranks)
+def _each(world: World) -> str:
+    """Whose numbers a refusal tells."""
+    return f", for each of a machine's {world.local_count} ranks" if world.local_count > 1 else ""
 
 
 def _refuse_what_cannot_fit(recipe: Recipe, whole: Account, world: World) -> None:
@@ -122,7 +117,7 @@ def _refuse_what_cannot_fit(recipe: Recipe, whole: Account, world: World) -> Non
     if wanted > left:
         raise InputError(
             f"--model: {recipe.model} wants {bytes_text(wanted, up=True)} for state and gradients, got "
-            f"{bytes_text(left)} of free memory; --placement auto or --disk DIR streams what has no room"
+            f"{bytes_text(left)} of free memory{_each(world)}; --placement auto or --disk DIR streams what has no room"
         )
 
 
@@ -171,8 +166,7 @@ def _refusal(error: DoesNotFit, room: Room, whole: Account, budgets: Budgets) ->
 
 
 def _account(plans: list[LayerPlan], placement: Placement, recipe: Recipe, beside: str) -> Account:
-    largest = max(batch for _, batch in recipe.batch_schedule)
-    tokens = min(recipe.micro_batch_size, largest) * recipe.seq_len
+    tokens = min(recipe.micro_batch_size, recipe.largest_batch) * recipe.seq_len
     return account(plans, placement, recipe.format, tokens, recipe.shape.d_model, beside)
 
 

@@ -96,6 +96,11 @@ class Recipe:
         """Tokens seen in the whole run."""
         return tokens_after(self.steps, self.batch_schedule, self.seq_len)
 
+    @property
+    def largest_batch(self) -> int:
+        """Sequences of the largest step."""
+        return max(batch for _, batch in self.batch_schedule)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` gives back an equal recipe."""
         return json.loads(json.dumps(asdict(self)))

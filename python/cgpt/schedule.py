@@ -105,3 +105,14 @@ def check_batch_schedule(schedule: BatchSchedule) -> None:
     for start, batch in schedule:
         if batch < 1:
             raise InputError(f"batch schedule: batch from {start} tokens must be at least 1 sequence, got {batch}")
+
+
+def most_micro_batches(batch: int, micro_batch: int, ranks: int) -> int:
+    """How many of a step's micro-batches a rank has at most; sizes in sequences. Raises InputError where some rank has
+    none."""
+    count = -(-batch // micro_batch)
+    if ranks > count:
+        more = f"--micro-batch-size {batch // ranks} or less" if ranks <= batch else "a larger --batch-size"
+        wanted = f"wanted at most the {count} micro-batch{'es' * (count > 1)} of a step"
+        raise InputError(f"--devices: {wanted}, got {ranks}; {more} makes more")
+    return -(-count // ranks)

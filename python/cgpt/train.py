@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 
 from cgpt import console
 from cgpt.agreement import agree, facts, together
@@ -54,18 +53,20 @@ def train(config: TrainConfig) -> Summary:
     return with `stopped_by`. Raises InputError for what a user can mend, a loss that is not finite among it, and
     OSError for files; the newest whole checkpoint then stays.
     """
-    with closing(open_world(device_of(config))) as world:
-        job = job_on(world, config)
-        if world.count > 1:
-            agree(world, facts(config, job.recipe))
-        return train_job(job)
+    world = open_world(device_of(config))
+    job = job_on(world, config)
+    if world.count > 1:
+        agree(world, facts(config, job.recipe))
+    summary = train_job(job)
+    world.close()  # which waits for the others: not where an error ends this rank, perhaps alone
+    return summary
 
 
 def train_job(job: Job) -> Summary:
     """`train`, of a recipe that need not have come from the command line."""
     run = open_run(job)
     watchdog = Watchdog(run.store.lanes, job.patience, run.folder, job.world.rank)
-    with closing(run.lock), closing(run.store), watchdog:
+    with watchdog, closing(run.lock), closing(run.store):
         return to_the_end(run)
 
 
@@ -130,7 +131,7 @@ def to_the_end(run: Run) -> Summary:
     told, picture = world.from_first(together(world, lambda: sum_up() if world.first else None))
     summary = Summary(**told)
     if summary.stopped_by:
-        run.say(f"stopped after step {run.step}, saved; go on with: {resume_command(run.folder)}")
+        run.say(f"stopped after step {run.step}, saved; go on with: {resume_command(run)}")
         return summary
     console.show_summary(run.say, summary)
     run.say(f"sample   {sample(run)}")
@@ -138,7 +139,7 @@ def to_the_end(run: Run) -> Summary:
         run.say(line)
     if run.lanes.wanted and world.first:
         run.say(f"lanes    {', '.join(map(str, run.lanes.write(run.folder)))}")
-    run.say(f"{picture}; checkpoint {run.checkpoints.newest}; resume with: {resume_command(run.folder)}")
+    run.say(f"{picture}; checkpoint {run.checkpoints.newest}; resume with: {resume_command(run)}")
     return summary
 
 
@@ -220,8 +221,10 @@ def sample(run: Run) -> str:
     return f"{tokenizer.decode(prompt)}|{tokenizer.decode(ids)}"
 
 
-def resume_command(folder: Path) -> str:
-    return f"cgpt train --resume --out {folder}"
+def resume_command(run: Run) -> str:
+    world = run.store.world
+    devices = f" --devices {world.count}" if 1 < world.count == world.local_count else ""  # else it takes torchrun
+    return f"cgpt train --resume --out {run.folder}{devices}"
 
 
 @contextlib.contextmanager

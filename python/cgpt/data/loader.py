@@ -7,7 +7,7 @@ Sample i is
     window permutation(seed, i // n_windows)(i % n_windows)
 
 and a batch is samples consumed ... consumed + n - 1, so the number of samples consumed is all the state
-there is, and a rank of a data-parallel run takes its slice of those. The permutation is a Feistel network on
+there is, and a rank of a data-parallel run takes its micro-batches of those. The permutation is a Feistel network on
 the next power of four, walked until it lands below n (cycle walking): a bijection computed per index, in no
 memory.
 
@@ -177,8 +177,8 @@ class Loader:
     def batch(self, consumed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), each (n, seq_len) int64, of samples consumed ... consumed + n - 1.
 
-        Rank r of w takes `batch(consumed + r * n // w, n // w)` of a global batch of n. Raises ValueError
-        for a negative `consumed` or n < 1.
+        A micro-batch of b from sample i of a global batch on is `batch(consumed + i, b)`. Raises ValueError for a
+        negative `consumed` or n < 1.
         """
         if consumed < 0 or n < 1:
             raise ValueError(f"batch: wanted consumed >= 0 and n >= 1, got {consumed} and {n}")
