@@ -90,8 +90,8 @@ def test_more_devices_hold_more_of_the_state(capsys):
     rows = answer(capsys, *argv, "--tokens-per-step", 65536, "--count", "1..16")["counts"]
     host = [row["bytes"]["host"] for row in rows]
     assert host == sorted(host, reverse=True)
-    assert rows[0]["placement"].endswith("of 26 on host")
-    assert rows[-1]["placement"] == "resident"
+    assert " of 26 on host" in rows[0]["placement"]
+    assert rows[-1]["placement"].startswith("resident")
 
 
 def test_devices_of_a_machine_share_its_memory(capsys):

@@ -95,9 +95,8 @@ def curve(model: str, device: str, counts: Sequence[int], machine: Mapping[str, 
         if count > asked.sequences:
             rows.append(Row(count, None, f"more devices than the {asked.sequences:,} sequences of a step"))
             continue
-        shared = problem(model, device, count=count, **machine)
         try:
-            rows.append(Row(count, solve(shared)))
+            rows.append(Row(count, solve(problem(model, device, count=count, **machine))))
         except InputError as refusal:
             rows.append(Row(count, None, str(refusal)))
     if all(row.found is None for row in rows):

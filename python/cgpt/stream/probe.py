@@ -2,6 +2,7 @@
 run then measures.
 
     down, up       copies of 64 MiB between host and device
+    wire           64 MiB gathered from all ranks, at the same time on each; and a number of each, which is but a call
     optimizer      AdamW on 4M parameters in the run's own format, on as many threads as its lane has
     read, write    64 MiB each of the disk tier, both at once as in a run; only what has been written costs a disk
                    anything to read
@@ -44,8 +45,20 @@ def probe(store: Store) -> Rates:
         store.disk.writer(size, part)()
         works = {"write": store.disk.writer(0, part), "read": store.disk.reader(size, torch.empty_like(part))}
         rates |= {lane: size / seconds for lane, seconds in _seconds(store, works).items()}
+    if store.world.count > 1:
+        rates |= _wire(store)
     step, moved = _adamw(store.format)
     return Rates(1.0, memory=moved / _seconds(store, {"optimizer": step})["optimizer"], **rates)
+
+
+def _wire(store: Store) -> dict[str, float]:
+    world, seconds = store.world, []
+    for size in (COPY_BYTES // world.count, 1):
+        part = torch.zeros(size, dtype=torch.uint8, device=store.device)
+        whole = torch.empty(size * world.count, dtype=torch.uint8, device=store.device)
+        seconds.append(_seconds(store, {"wire": lambda whole=whole, part=part: world.all_gather(whole, part)})["wire"])
+    received = (world.count - 1) * (COPY_BYTES // world.count)
+    return {"wire": received / max(1e-9, seconds[0] - seconds[1]), "wire_latency": seconds[1]}
 
 
 def _adamw(format: Format) -> tuple[Callable[[], None], int]:
