@@ -76,7 +76,7 @@ class Curve:
         return self.fitting[-1].found.problem
 
     @property
-    def linear_until(self) -> Row | None:
+    def linear_until(self) -> Row:
         """The last count whose efficiency is not below LINEAR."""
         return max((row for row in self.fitting if row.efficiency >= LINEAR), key=lambda row: row.count)
 
