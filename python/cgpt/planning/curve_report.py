@@ -14,6 +14,7 @@ REASONS = {  # in the order of the picture's colours
     "wire": "the rate of the network between devices",
     "latency": "the latency of calls between devices",
     "batch": "micro-batches that do not divide evenly among devices",
+    "memory": "the device's memory: activations are computed again to make room for larger micro-batches",
     "down": "the link to the device",
     "up": "the link from the device",
     "optimizer": "the host's memory, for AdamW",
@@ -66,7 +67,7 @@ def _row(row: Row) -> dict:
         "model_flops_per_second": found.model_flops,
         "mfu": found.model_flops / found.problem.hardware.peak,
         "binding": row.binding,
-        "idle": row.idle,
+        "costs": row.costs,
         "lanes": walk.lanes,
         "stalls": walk.stalls,
         "placement": placed(place),
@@ -143,7 +144,7 @@ def plot(found: Curve, path: Path) -> Path:
     speed.plot(counts, [row.found.speed for row in rows], color="0.3", linewidth=1.0)
     share.plot(counts, [100 * row.efficiency for row in rows], color="0.3", linewidth=1.0)
     share.axhline(100 * LINEAR, color="0.6", linestyle="--")
-    for colour, (name, _) in zip((*COLOURS, "0.5"), REASONS.items(), strict=False):
+    for colour, name in zip((*COLOURS, "0.75", "tab:brown"), REASONS, strict=True):
         mine = [row for row in rows if row.binding == name]
         if not mine:
             continue
