@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +24,7 @@ from cgpt.placing import Placed
 from cgpt.recipe import Recipe
 from cgpt.stream.account import account
 from cgpt.stream.gpt_plans import gpt_plans
-from cgpt.stream.placement import Placement
+from cgpt.world import World
 
 NANO = Preset(
     name="nano",
@@ -46,11 +47,11 @@ def write_corpus(folder: Path, words: int = 3000) -> Path:
     return path
 
 
-def start(*arguments: str, cwd: Path, **options) -> subprocess.Popen:
+def start(*arguments: str, cwd: Path, script: str = __file__, **options) -> subprocess.Popen:
     """This file as a process of its own, its caches under `cwd`, one thread, so that several share two cores."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, script, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, env=environment, preexec_fn=hear_interrupts, **pipes, **options)
 
@@ -75,10 +76,13 @@ class Runs:
     def __init__(self, cwd: Path):
         self._server = start("serve", cwd=cwd, stdin=subprocess.PIPE)
 
-    def run(self, *arguments: str, where: str = "resident", aside: int | None = None, kill=None) -> tuple[int, str]:
-        """Its exit code, less than zero for a signal's, and what it said. kill: seconds after which it is killed, or
-        (failpoint, count), where it kills itself."""
-        request = {"arguments": arguments, "where": where, "aside": aside, "kill": kill}
+    def run(
+        self, *arguments: str, where: str | None = "resident", aside: int | None = None, kill=None, ranks: int = 1
+    ) -> tuple[int, str]:
+        """Its exit code, less than zero for a signal's, and what it said. where: of HOMES, None for what the flags ask.
+        kill: seconds after which it is killed, (failpoint, count), where it kills itself, or (rank, step), after which
+        that rank gets SIGTERM. Of several ranks, the last one's code, and all that they said."""
+        request = {"arguments": arguments, "where": where, "aside": aside, "kill": kill, "ranks": ranks}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return tuple(json.loads(self._server.stdout.readline()))
@@ -91,11 +95,20 @@ def serve() -> None:
     """Answers each request of `Runs` once its process has ended."""
     gpt2().encode_ordinary("")
     for line in sys.stdin:
-        request, said = json.loads(line), Path("said")
-        process = os.fork()
+        request = json.loads(line)
+        ranks, port = request.pop("ranks"), free_port()
+        said = [Path(f"said-{rank}") for rank in range(ranks)]
+        processes = [os.fork()]
+        while processes[-1] and len(processes) < ranks:
+            processes.append(os.fork())
+        process = processes[-1]
         if not process:
-            code = 1
-            with contextlib.suppress(SystemExit), said.open("w") as file:
+            code, rank = 1, len(processes) - 1
+            if ranks > 1:
+                os.setsid()  # as torchrun's are
+                os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
+                os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+            with contextlib.suppress(SystemExit), said[rank].open("w") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
                 code = serve_one(**request)
@@ -106,35 +119,55 @@ def serve() -> None:
             signal.setitimer(signal.ITIMER_REAL, request["kill"])
         os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)  # its number stays its own until no signal can come
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _, status = os.waitpid(process, 0)
-        print(json.dumps([os.waitstatus_to_exitcode(status), said.read_text()]), flush=True)
+        for process in processes:
+            _, status = os.waitpid(process, 0)
+        print(json.dumps([os.waitstatus_to_exitcode(status), "".join(map(Path.read_text, said))]), flush=True)
 
 
-def serve_one(arguments: list[str], where: str, aside: int | None, kill: list | float | None) -> int:
-    weights, state = HOMES[where]
-    placement = Placement(weights, state, tuple(home != "device" for home in weights), aside=aside)
-    build = opening.build
-    opening.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
-    check = opening.check_machine
-    opening.check_machine = lambda format, device, where, _: check(format, device, where, os.getcwd())
-    place_run = opening.place_run
+def free_port() -> str:
+    with socket.socket() as here:
+        here.bind(("localhost", 0))
+        return str(here.getsockname()[1])
 
-    def placed(recipe: Recipe) -> Placed:
-        found, tokens = place_run(recipe), recipe.micro_batch_size * recipe.seq_len
-        taken = account(gpt_plans(recipe.shape), placement, recipe.format, tokens, recipe.shape.d_model)
-        return replace(found, placement=placement, account=taken)
 
-    opening.place_run = placed
+def serve_one(arguments: list[str], where: str | None, aside: int | None, kill: list | float | None) -> int:
     train.sample, train.plot_loss = lambda run: "none", lambda folder, *_: folder  # of no concern, and slow
-    passed = []
+    if where is not None:
+        put(where, aside)
+    passed, one_step = [], train.one_step
 
     def failpoint(name: str) -> None:
         passed.append(name)
         if isinstance(kill, list) and passed.count(kill[0]) == kill[1]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.failpoint = failpoint
+    def stepped(run: opening.Run) -> dict:
+        row = one_step(run)
+        if kill == [run.store.world.rank, run.step]:
+            signal.raise_signal(signal.SIGTERM)
+        return row
+
+    checkpoint.failpoint, train.one_step = failpoint, stepped
     return main(arguments)
+
+
+def put(where: str, aside: int | None) -> None:
+    """Has layers live where HOMES says, whatever the flags ask."""
+    weights, state = HOMES[where]
+    homes = {"weights": weights, "state": state, "recompute": tuple(home != "device" for home in weights)}
+    build = opening.build
+    opening.build = lambda *what, **options: build(*what, **options | {"disk": os.getcwd()})
+    check = opening.check_machine
+    opening.check_machine = lambda format, device, where, _, world: check(format, device, where, os.getcwd(), world)
+    place_run = opening.place_run
+
+    def placed(recipe: Recipe, world: World) -> Placed:
+        found, tokens = place_run(recipe, world), recipe.micro_batch_size * recipe.seq_len
+        placement = replace(found.placement, **homes, aside=aside)
+        taken = account(gpt_plans(recipe.shape), placement, recipe.format, tokens, recipe.shape.d_model)
+        return replace(found, placement=placement, account=taken)
+
+    opening.place_run = placed
 
 
 if __name__ == "__main__":

@@ -130,8 +130,8 @@ def test_a_finished_run_resumed_changes_nothing_and_may_go_further(here):
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(here, monkeypatch):
     gradients = opening.Executor.gradients
 
-    def poisoned(self, visits, loss_scale=1.0):
-        found = gradients(self, visits, loss_scale)
+    def poisoned(self, visits, loss_scale=1.0, **more):
+        found = gradients(self, visits, loss_scale, **more)
         poisoned.calls += 1
         if poisoned.calls == 5:
             found.loss = math.nan
@@ -149,8 +149,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(here, m
 def test_an_overflowing_step_is_skipped_counted_and_shown(here, monkeypatch, capsys):
     gradients = opening.Executor.gradients
 
-    def overflowing(self, visits, loss_scale=1.0):
-        found = gradients(self, visits, loss_scale)
+    def overflowing(self, visits, loss_scale=1.0, **more):
+        found = gradients(self, visits, loss_scale, **more)
         overflowing.scales.append(loss_scale)
         if len(overflowing.scales) == 1:
             found.norm = math.inf

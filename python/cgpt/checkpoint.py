@@ -11,6 +11,9 @@ leaves the checkpoints before it as they were. An old one is renamed to `step-N.
 whole or absent too. Nothing is pickled. Tensors are logical ones: the split master of bf16 is joined to its exact fp32
 on the way out and split again, exactly, on the way in. Both directions go layer by layer, tensor by tensor, in little
 memory beyond the model's own.
+
+Several ranks save and load together: rank 0 alone sees the files, which are those of one rank, and the others give it
+their parts, or get theirs from it (sharing.py). So what N ranks have saved M resume.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +35,7 @@ from cgpt.data.tokenizer import TOKENIZER, Tokenizer, gpt2, read_tokenizer
 from cgpt.errors import InputError
 from cgpt.files import read_signed_json, sha256_of, sync_folder, write_signed_json
 from cgpt.model.gpt import GPT
+from cgpt.sharing import Meeting, Source, Whole, WholeRecord
 from cgpt.stream.build import build, check_device
 from cgpt.stream.format import MOMENTS
 from cgpt.stream.record import Record
@@ -48,23 +52,29 @@ LATEST = "latest"
 CHECKPOINTS = "checkpoints"  # in a run folder
 
 
-class Source(Protocol):
-    """layers: of the walk, by `name`. What is saved are the records: their layout, format, masters and moments."""
-
-    layers: Sequence
-
-    def record(self, index: int) -> contextlib.AbstractContextManager[Record]: ...
-
-
 def save(folder: Path, source: Source, step: int, state: dict, keep: int = 2) -> Path:
     """Writes `folder`/step-N and removes all but the newest `keep`; returns its path.
 
     source: the store as it is, a snapshot of it, or another's weights, read as they are written. Records in a format
-    that does not train have no moments, and the manifest says so.
+    that does not train have no moments, and the manifest says so. Every rank of source.world calls it; rank 0 writes.
 
     state: JSON values to get back on resume (tokens, data cursor, optimizer numbers, config). Raises OSError naming
-    the file (full disk, read-only folder): the earlier checkpoints are then untouched and nothing partial is left.
+    the file (full disk, read-only folder), on all ranks: the earlier checkpoints are then untouched and nothing partial
+    is left.
     """
+    with Meeting(source.world) as ranks:
+        whole = Whole(source, ranks)
+        if source.world.first:
+            return Path(ranks.meet(str(_write(folder, whole, step, state, keep))))
+        for index in range(len(whole.layers)):
+            with whole.record(index) as record:
+                for name, _ in _tensors(record):
+                    failpoint(f"{name} sent")
+        return Path(ranks.meet())
+
+
+def _write(folder: Path, source: Whole, step: int, state: dict, keep: int) -> Path:
+    """`save`, as far as the files go."""
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + ".tmp")
     path = partial
@@ -217,24 +227,36 @@ def verify(path: Path) -> dict:
 
 
 def load(path: Path, store: Store, manifest: dict) -> None:
-    """Fills `store` from a verified checkpoint: masters, and moments where the store trains, zero if it has none."""
-    for index, layer in enumerate(store.layers):
-        file = path / f"{layer.name}.safetensors"
-        if file.name not in manifest["files"]:
-            raise InputError(f"{path}: wanted a checkpoint with layer {layer.name}, got none")
-        try:
-            with safe_open(file, framework="pt") as tensors, store.record(index, writing=True) as record:
+    """Fills `store` from a verified checkpoint: masters, and moments where the store trains, zero if it has none.
+
+    Every rank of store.world calls it; rank 0 reads. Raises InputError, on all ranks, for another model's.
+    """
+    with Meeting(store.world) as ranks:
+        for index, layer in enumerate(store.layers):
+            file = _tensors_in(path, layer.name, manifest) if store.world.first else contextlib.nullcontext()
+            with file as read, store.record(index, writing=True) as record:
                 for name in record.layout.names:
-                    record.set_master(name, tensors.get_tensor(name))
-                    if store.format.training:
-                        for kind in MOMENTS:
-                            there = record.view(kind, name)
-                            if manifest.get("moments", True):
-                                there.copy_(tensors.get_tensor(f"{kind}/{name}"))
-                            else:
-                                there.zero_()
-        except SafetensorError as error:
-            raise InputError(f"{file}: wanted the tensors of layer {layer.name}, got {error}") from error
+                    record.set_part(name, ranks.deal(record, name, name, read))
+                    for kind in _moments(record):
+                        there = record.view(kind, name)
+                        if manifest.get("moments", True):
+                            there.copy_(ranks.deal(record, name, f"{kind}/{name}", read).view(there.shape))
+                        else:
+                            there.zero_()
+        ranks.meet()
+
+
+@contextlib.contextmanager
+def _tensors_in(path: Path, layer: str, manifest: dict) -> Iterator[Callable[[str], Tensor]]:
+    """What reads a layer's tensors by their names in its file."""
+    file = path / f"{layer}.safetensors"
+    if file.name not in manifest["files"]:
+        raise InputError(f"{path}: wanted a checkpoint with layer {layer}, got none")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors.get_tensor
+    except SafetensorError as error:
+        raise InputError(f"{file}: wanted the tensors of layer {layer}, got {error}") from error
 
 
 def remove_partial(folder: Path) -> None:
@@ -244,15 +266,15 @@ def remove_partial(folder: Path) -> None:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
-def _tensors(record: Record) -> Iterator[tuple[str, Tensor]]:
+def _tensors(record: WholeRecord) -> Iterator[tuple[str, Tensor]]:
     """A layer's logical tensors, fp32 on the CPU, one in memory at a time."""
     for name in record.layout.names:
         yield name, record.master(name)
         for kind in _moments(record):
-            yield f"{kind}/{name}", record.view(kind, name).to("cpu", torch.float32)
+            yield f"{kind}/{name}", record.moment(kind, name)
 
 
-def _write_record(path: Path, record: Record) -> dict:
+def _write_record(path: Path, record: WholeRecord) -> dict:
     """Writes a layer's safetensors file; returns its size and sha256."""
 
     def on_their_way() -> Iterator[tuple[str, Tensor]]:
@@ -268,7 +290,7 @@ def _write_record(path: Path, record: Record) -> dict:
     return write_tensors(path, shapes, on_their_way())
 
 
-def _moments(record: Record) -> tuple[str, ...]:
+def _moments(record: Record | WholeRecord) -> tuple[str, ...]:
     return MOMENTS if record.format.training else ()
 
 

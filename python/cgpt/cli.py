@@ -4,8 +4,9 @@
     data prepare|export|info   info
 
 Exit codes: 0 done; 1 `info` found an op wrong; 2 a one-line `cgpt: ...` on stderr, for what the user can mend; 130 or
-143 after Ctrl-C or SIGTERM (128 and the signal's number, as shells count), with the run saved. Nothing heavy is
-imported before it is known what is asked for.
+143 after Ctrl-C or SIGTERM (128 and the signal's number, as shells count), with the run saved; 75 where --hang-timeout
+ended it. With --devices, the code of the process that failed first. Nothing heavy is imported before it is known what
+is asked for.
 """
 
 from __future__ import annotations
@@ -80,12 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Raises SystemExit for --help alone."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+    refused = False
     try:
         code = run(parse(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a reader that has left can still be told from an error
         return code
     except InputError as error:
-        message = str(error)
+        message, refused = str(error), True
     except BrokenPipeError:  # the reader of our output has left: `cgpt info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there at exit
         return 1
@@ -100,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("cgpt: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     print("cgpt: " + " ".join(message.split()), file=sys.stderr)
+    if refused:
+        from cgpt.launch import give_up
+
+        give_up()
     return 2
 
 
@@ -152,6 +158,11 @@ def run(command) -> int:
 
 
 def _train(config: TrainConfig) -> int:
+    from cgpt import launch
+
+    if launch.starts(config):
+        return launch.launch(config)
+    config = launch.joined(config)
     from cgpt.train import train
 
     summary = train(config)

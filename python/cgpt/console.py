@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,15 +15,24 @@ from cgpt.scaling.flops import flops_per_token, matmul_flops_per_token
 from cgpt.stream.account import Account
 from cgpt.stream.limits import bytes_text
 
+Say = Callable[[str], None]
+
 PLAIN_SECONDS = 10  # between plain lines where there is no terminal
 
 POSITIONS = {"learned": "", "none": "not marked", "rotary": "rotary", "alibi": "ALiBi"}
 
 
 def report(
-    recipe: Recipe, n_params: int, data: str, implementations: dict[str, str], account: Account, out: Path
+    say: Say,
+    recipe: Recipe,
+    n_params: int,
+    data: str,
+    implementations: dict[str, str],
+    account: Account,
+    out: Path,
+    ranks: str | None = None,
 ) -> None:
-    """The start-up report, on stdout."""
+    """The start-up report. ranks: which there are, if several; account: of each."""
     shape = recipe.shape
     kinds: dict[str, list[str]] = {}
     for op, name in implementations.items():
@@ -41,7 +51,8 @@ def report(
         + (f"; from the weights of {recipe.init}" if recipe.init else ""),
         "ops": f"{recipe.device}, {recipe.precision}; "
         + "; ".join(f"{name}: {', '.join(ops)}" for name, ops in kinds.items()),
-        "memory": _memory(account),
+        **({"ranks": ranks} if ranks else {}),
+        "memory": f"{_memory(account)} {'for each rank' if ranks else 'in all'}",
         "out": str(out),
     }
     for name, text in rows.items():
@@ -49,13 +60,13 @@ def report(
 
 
 def _memory(account: Account) -> str:
-    """What a run takes by part, whichever tier it is of, and in all."""
+    """What a process takes by part, whichever tier it is of, and altogether."""
     parts: dict[str, int] = {}
     for name, size in (*account.device_parts.items(), *account.host_parts.items()):
         name = name.removesuffix(" (torch)")
         parts[name] = parts.get(name, 0) + size
     told = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
-    return f"{told}; about {bytes_text(sum(parts.values()))} in all"
+    return f"{told}; about {bytes_text(sum(parts.values()))}"
 
 
 def _variant(recipe: Recipe) -> str:
@@ -86,6 +97,10 @@ def interactive() -> bool:
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def hush(text: str) -> None:
+    """In `say`'s place on ranks that another speaks for."""
 
 
 class Live:
@@ -127,7 +142,7 @@ class Live:
             self.bar.close()
 
 
-def show_summary(summary: Summary) -> None:
+def show_summary(say: Say, summary: Summary) -> None:
     """The end of a run that came to its last step."""
     say(
         f"held-out loss {summary.val_loss:.4f} nats a token"

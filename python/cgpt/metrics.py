@@ -36,7 +36,7 @@ class Summary:
     val_tokens: int
     tokens_per_second: float | None  # median, after warm-up
     model_flops_per_second: float | None
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of the rank that took most
     skipped_steps: int
     stopped_by: int | None  # number of the signal that ended it before its last step
     checkpoint: str | None

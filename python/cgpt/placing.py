@@ -6,6 +6,9 @@
 
 A run that has been trained is read, by `cgpt eval` and `cgpt generate`, under the second rule.
 On a CPU the device is a stretch of the host's memory, and --host-memory is all that the process may take.
+
+Of several ranks each has its own device; those of a machine share its host and its disk alike, and a GPU that they have
+to share. All are placed by the least that any of them has, for they walk the same layers at the same time.
 """
 
 from __future__ import annotations
@@ -17,16 +20,19 @@ from pathlib import Path
 
 import torch
 
+from cgpt.agreement import together
 from cgpt.errors import InputError
 from cgpt.recipe import Recipe
 from cgpt.stream.account import Account, account, boundary_bytes
+from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.layout import LayerPlan
 from cgpt.stream.limits import Budgets, bytes_text, limits
-from cgpt.stream.needs import SLOTS, needs, streamed
+from cgpt.stream.needs import EXCHANGES, SLOTS, needs, streamed, whole_sizes
 from cgpt.stream.placement import TIERS, Placement
 from cgpt.stream.planner import DoesNotFit, Setting, place
 from cgpt.stream.store import Store
+from cgpt.world import World
 
 ASIDE = 2  # typical layers that AdamW may run ahead of a checkpoint that is being written
 UNBOUNDED = 1 << 62
@@ -57,20 +63,22 @@ class Placed:
         return self.placement.streams
 
 
-def place_run(recipe: Recipe) -> Placed:
-    """The placement that the recipe asks for. Raises InputError, with both numbers, where it cannot be had."""
-    plans = gpt_plans(recipe.shape)
+def place_run(recipe: Recipe, world: World | None = None) -> Placed:
+    """The placement that the recipe asks for, of each rank; all of them call it. Raises InputError, with both numbers,
+    where it cannot be had."""
+    world, plans = world or World(), gpt_plans(recipe.shape)
     largest = max(batch for _, batch in recipe.batch_schedule)
-    count = -(-largest // recipe.micro_batch_size)
+    count = _rounds(recipe, largest, world.count)
+    everything = replace(Placement.resident(len(plans), world.count), visits=count)
     beside = "host" if recipe.device == "cpu" else "device"
     whole = None
     if recipe.placement == "auto":
-        whole = _account(plans, replace(Placement.resident(len(plans)), visits=1), recipe, "host")
-    budgets = _budgets(recipe, whole, _least_arena(plans, recipe), "training state")
+        whole = _account(plans, replace(everything, visits=1), recipe, "host")
+    budgets = _budgets(recipe, whole, _least_arena(plans, recipe, world.count), "training state", world)
     if recipe.placement == "resident":
-        resident = replace(Placement.resident(len(plans)), aside=ASIDE, visits=count)
+        resident = replace(everything, aside=ASIDE)
         found = _account(plans, resident, recipe, beside)
-        _refuse_what_cannot_fit(recipe, found)
+        _refuse_what_cannot_fit(recipe, found, world)
         return Placed(resident, found, budgets)
     refused: DoesNotFit | None = None
     for rows in (1, *sorted({-(-count // visits) for visits in range(1, count + 1)}, reverse=True)):
@@ -81,6 +89,7 @@ def place_run(recipe: Recipe) -> Placed:
             rows,
             -(-count // rows),
             beside=beside,
+            ranks=world.count,
         )
         try:
             found = place(plans, budgets, setting)
@@ -92,14 +101,25 @@ def place_run(recipe: Recipe) -> Placed:
             aside = replace(found, aside=ASIDE)
             roomy = Placed(aside, _account(plans, aside, recipe, beside), budgets)
             return roomy if roomy.account.host <= budgets.host else placed
-    raise InputError(f"--placement: {refused}") from refused
+    each = f", for each of a machine's {world.local_count} ranks" if world.local_count > 1 else ""
+    raise InputError(f"--placement: {refused}{each}") from refused
 
 
-def _refuse_what_cannot_fit(recipe: Recipe, whole: Account) -> None:
+def _rounds(recipe: Recipe, largest: int, ranks: int) -> int:
+    """The most micro-batches of a step that a rank has. Raises InputError where some rank would never have one."""
+    count = -(-largest // recipe.micro_batch_size)
+    if ranks > count:
+        more = f"--micro-batch-size {largest // ranks} or less" if ranks <= largest else "--batch-size"
+        wanted = f"wanted at most the {count} micro-batch{'es' * (count > 1)} of a step"
+        raise InputError(f"--devices: {wanted}, got {ranks}; {more} makes more")
+    return -(-count // ranks)
+
+
+def _refuse_what_cannot_fit(recipe: Recipe, whole: Account, world: World) -> None:
     """Raises InputError, with both numbers, for a resident run whose state and gradients exceed the memory there is."""
     wanted = whole.needs.device + whole.workspace["gradients"]
-    left = limits().host if recipe.device == "cpu" else torch.cuda.mem_get_info()[0]
-    if left is not None and wanted > left:
+    left = min(world.tell(_free_host(world) if recipe.device == "cpu" else _free_device(world)))
+    if wanted > left:
         raise InputError(
             f"--model: {recipe.model} wants {bytes_text(wanted, up=True)} for state and gradients, got "
             f"{bytes_text(left)} of free memory; --placement auto or --disk DIR streams what has no room"
@@ -122,7 +142,7 @@ def place_reading(recipe: Recipe, room: Room, sequences: int, batches: int = 1, 
     whole = account(plans, Placement.resident(len(plans)), format, tokens, width, setting.beside, cache)
     if room.device == "cpu" and room.device_memory is not None:  # a stretch no longer than what could lie in it
         room = replace(room, device_memory=min(room.device_memory, whole.needs.device))
-    budgets = _budgets(room, whole, SLOTS * format.working * max(plan.reads.size for plan in plans), "layers")
+    budgets = _budgets(room, whole, SLOTS * _largest(plans, format), "layers")
     try:
         found = placed(place(plans, budgets, setting))
     except DoesNotFit as error:
@@ -156,36 +176,67 @@ def _account(plans: list[LayerPlan], placement: Placement, recipe: Recipe, besid
     return account(plans, placement, recipe.format, tokens, recipe.shape.d_model, beside)
 
 
-def _budgets(asked: Recipe | Room, whole: Account | None, least: int, kept: str) -> Budgets:
-    """whole: what everything resident takes, None where that is not sought. least: bytes of a CPU's stand-in for a
-    device if that does not fit. kept: what a disk would be for."""
-    left = limits().host
-    host = left if asked.host_memory is None else asked.host_memory - own_memory()
-    if host is None:
-        host = UNBOUNDED
-    if left is not None and host > left:
-        raise InputError(f"--host-memory: wanted at most the {bytes_text(left)} that are free, got {bytes_text(host)}")
-    disk = 0
-    if asked.disk is not None:
-        folder = Path(asked.disk)
-        if not folder.is_dir():
-            raise InputError(f"--disk: wanted a folder for {kept}, got {asked.disk}")
-        disk = shutil.disk_usage(folder).free
+def _budgets(asked: Recipe | Room, whole: Account | None, least: int, kept: str, world: World | None = None) -> Budgets:
+    """Of each rank. whole: what everything resident takes, None where that is not sought. least: bytes of a CPU's
+    stand-in for a device if that does not fit. kept: what a disk would be for."""
+    world = world or World()
+    mine = together(world, lambda: _room(asked, kept, world))
+    host, disk, free = map(min, zip(*world.tell(mine), strict=True))
     if asked.device == "cpu":
         device = asked.device_memory or least
         if whole is not None and asked.device_memory is None:
             device = whole.needs.device if whole.needs.device + whole.host <= host else device
         return Budgets(device, host - device, disk, asked.disk and Path(asked.disk))
-    free = torch.cuda.mem_get_info()[0]
     spare = int(free * (1 - DEVICE_RESERVE))
-    return Budgets(min(free, asked.device_memory or spare), host, disk, asked.disk and Path(asked.disk))
+    most = asked.device_memory and asked.device_memory // _sharing(world)
+    return Budgets(min(free, most or spare), host, disk, asked.disk and Path(asked.disk))
 
 
-def _least_arena(plans: list[LayerPlan], recipe: Recipe) -> int:
+def _room(asked: Recipe | Room, kept: str, world: World) -> tuple[int, int, int]:
+    """Bytes of the host and the disk that this rank may take, and that are free on its GPU."""
+    left = host = _free_host(world)
+    if asked.host_memory is not None:
+        host = asked.host_memory // world.local_count - own_memory()
+    if host > left:
+        free, got = (bytes_text(size * world.local_count) for size in (left, host))
+        raise InputError(f"--host-memory: wanted at most the {free} that are free, got {got}")
+    disk = 0
+    if asked.disk is not None:
+        folder = Path(asked.disk)
+        if not folder.is_dir():
+            raise InputError(f"--disk: wanted a folder for {kept}, got {asked.disk}")
+        disk = shutil.disk_usage(folder).free // world.local_count
+    return host, disk, 0 if asked.device == "cpu" else _free_device(world)
+
+
+def _free_host(world: World) -> int:
+    """Bytes of the host that a rank of this machine may still take."""
+    left = limits().host
+    return UNBOUNDED if left is None else left // world.local_count
+
+
+def _free_device(world: World) -> int:
+    """The same of its GPU."""
+    return torch.cuda.mem_get_info()[0] // _sharing(world)
+
+
+def _sharing(world: World) -> int:
+    """Ranks of this machine on one GPU."""
+    return -(-world.local_count // torch.cuda.device_count())
+
+
+def _least_arena(plans: list[LayerPlan], recipe: Recipe, ranks: int) -> int:
     """Bytes of a stand-in for a device that streaming needs."""
     tokens = recipe.micro_batch_size * recipe.seq_len
     ring = 2 * max(1, 8192 // tokens) * boundary_bytes(recipe.format, tokens, recipe.shape.d_model)
-    return SLOTS * recipe.format.working * max(plan.reads.size for plan in plans) + ring
+    buffers = SLOTS + (2 * EXCHANGES if ranks > 1 else 0)
+    return buffers * _largest(plans, recipe.format, ranks) + ring
+
+
+def _largest(plans: list[LayerPlan], format: Format, ranks: int = 1) -> int:
+    """Bytes of the weights that a layer has on the device for its turn, of the layer that has most."""
+    wholes = whole_sizes(plans, ranks)
+    return max(sum(wholes[i] for i in plan.owners) for plan in plans) * format.working
 
 
 def own_memory() -> int:

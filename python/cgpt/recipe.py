@@ -43,6 +43,8 @@ CHANGEABLE = (
     "steps", "checkpoint_every", "keep", "eval_every", "eval_tokens", "device", "micro_batch_size",
     "placement", "device_memory", "host_memory", "disk",
 )  # fmt: skip
+# What no recipe holds.
+APART = ("config", "out", "resume", "timeline", "track", "project", "devices", "max_restarts", "hang_timeout")
 
 WARMUP_PART = 5  # warm-up takes at most a fifth of a run that is shorter than its preset's
 MICRO_BATCH_TOKENS = 8192  # activations of one micro-batch of the 111M model: about 1.6 GB in bf16
@@ -186,7 +188,7 @@ def resolve_resumed(config: TrainConfig, saved: Recipe, folder: Path) -> Recipe:
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or value is False or field.name in ("config", "out", "resume", "timeline", "track", "project"):
+        if value is None or value is False or field.name in APART:
             continue
         value = _where(config).get(field.name, value)
         if field.name in ("batch_size", "batch_schedule"):
@@ -327,11 +329,11 @@ def read_start(folder: Path) -> Recipe:
 def _check(config: TrainConfig) -> None:
     positive = (
         "width", "layers", "steps", "batch_size", "micro_batch_size", "seq_len", "lr",
-        "eval_every", "eval_tokens", "checkpoint_every", "keep",
+        "eval_every", "eval_tokens", "checkpoint_every", "keep", "devices",
     )  # fmt: skip
     for name in positive:
         _bound(name, getattr(config, name), lambda value: 0 < value < float("inf"), "a number above 0")
-    for name in ("warmup_tokens", "weight_decay", "clip", "seed"):
+    for name in ("warmup_tokens", "weight_decay", "clip", "seed", "max_restarts", "hang_timeout"):
         _bound(name, getattr(config, name), lambda value: 0 <= value < float("inf"), "a number of at least 0")
     _bound("min_lr_ratio", config.min_lr_ratio, lambda value: 0 <= value <= 1, "a share from 0 to 1")
     choices = {

@@ -1,4 +1,8 @@
-"""Checkpoints of a run in progress: one at a time is on its way to the disk while training goes on."""
+"""Checkpoints of a run in progress: one at a time is on its way to the disk while training goes on.
+
+Every rank has a snapshot of its part and a thread that saves it; the threads keep to themselves what they exchange, and
+come to one outcome, which the ranks take note of at the same step.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cgpt import checkpoint
+from cgpt.errors import InputError
 from cgpt.stream.snapshot import Snapshot
 from cgpt.stream.store import Store
 
@@ -68,8 +73,9 @@ class Checkpoints:
             self.newest = checkpoint.save(self.folder, self.store, step, state, self.keep)
 
     def notice(self) -> None:
-        """Takes note of one that has become whole meanwhile. Raises OSError where it has not."""
-        if self.saving is not None and self.saving.done:
+        """Takes note of one that has become whole meanwhile, on all ranks once rank 0 has. Raises OSError where it has
+        not."""
+        if self.saving is not None and self.store.world.from_first(self.saving.done):
             self.finish()
 
     def finish(self) -> None:
@@ -91,7 +97,7 @@ class Checkpoints:
         except BaseException:
             try:
                 self.finish()
-            except OSError as error:
+            except (OSError, InputError, RuntimeError) as error:  # of a rank that is gone, the back end's own
                 say(f"checkpoint not saved: {error}")
             raise
 

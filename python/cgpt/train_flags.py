@@ -83,13 +83,27 @@ class TrainConfig:
     average (default: fp32)."""
     device: Annotated[Literal["cpu", "cuda"] | None, _flag("{cpu,cuda}")] = None
     """Where to train (default: cpu)."""
+    devices: Int = None
+    """How many GPUs of this machine train together, a process each; with --device cpu, how many processes, which share
+    the cores. Each has its part of every batch and of the optimizer's state, and the losses are the same for any number
+    of them. A run that one number began may be resumed with another. Ctrl-C lets them finish the step and save, twice
+    ends them at once. On several machines, torchrun starts them: see --max-restarts (default: 1)."""
+    max_restarts: Int = None
+    """How often the job is brought back from its newest checkpoint after a process has died, if there are several. A
+    job on 2 machines of 8 GPUs is `torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST
+    --max-restarts 3 -m cgpt train --out DIR ...` on each, with DIR a folder that both see (default: 3)."""
+    hang_timeout: Annotated[float | None, _flag("SECONDS")] = None
+    """End a process in which nothing has been finished for so long, with what every lane and thread was at on stderr
+    and in hang-rankN.txt of the run folder, and exit code 75; 0 for never. It has to be longer than the longest wait
+    for another process, such as for a checkpoint that is written (default: 1800, or 0 if there is one process)."""
     placement: Annotated[Literal["resident", "auto"] | None, _flag("{resident,auto}")] = None
     """resident: all layers on the device. auto: as many as fit, the others stream from the host and the disk (default:
     auto with any of the next three flags, else resident)."""
     device_memory: Text = None
-    """Of the device, as 4GiB (default: all that is free). On a CPU, a stretch of memory that stands for a device's."""
+    """Of each device, as 4GiB (default: all that is free). On a CPU, a stretch of memory that stands for a device's."""
     host_memory: Text = None
-    """Of the host, on a CPU of the whole process (default: all that is free)."""
+    """Of the host, on a CPU of the whole process; with several devices, for all processes of a machine together
+    (default: all that is free)."""
     disk: Folder = None
     """For optimizer state and weights that memory has no room for; what is written there is gone when the run ends."""
     timeline: Switch = False

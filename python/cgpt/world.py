@@ -2,7 +2,8 @@
 
 Every rank does the same things in the same order on a shard of the state and every count-th micro-batch of the data
 (stream/layout.py, stream/gradients.py say which). This is the job of one process, to which all of it comes down to
-nothing; distributed.py has the one on torch.distributed.
+nothing; distributed.py has the one on torch.distributed. There, what waits for the others raises ConnectionError, one
+line, where one of them has died.
 """
 
 from __future__ import annotations
@@ -40,6 +41,21 @@ class World:
         """Sends the first sent_sizes[0] elements of `sent` to rank 0, the next to rank 1 and so on; `received` gets
         received_sizes[0] from rank 0, and so on. Flat, contiguous, of one dtype on one device."""
         received.copy_(sent)
+
+    # On the thread that saves a checkpoint, or where there is none; in the same order on every rank ----------------
+
+    def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Every rank's `part`, flat on the CPU, side by side in rank order: flat on rank 0, empty elsewhere. sizes: of
+        each rank's, in elements; of some it may be 0."""
+        return part
+
+    def deal_parts(self, whole: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The reverse: this rank's part of rank 0's `whole`, fp32; what the others give is not looked at."""
+        return whole
+
+    def meet(self, value: Any) -> list[Any]:
+        """As `tell`."""
+        return [value]
 
     # On the caller's thread, in the same order on every rank -------------------------------------------------------
 

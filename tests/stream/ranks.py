@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+
+import torch
 
 from cgpt.world import World
 
@@ -12,8 +15,8 @@ Result = TypeVar("Result")
 
 
 class ThreadWorld(World):
-    """Rank `rank` of those that meet at `tables`; wire and caller's thread meet each at its own. pause: called before
-    every collective."""
+    """Rank `rank` of those that meet at `tables`; wire, checkpoint's and caller's thread meet each at its own. pause:
+    called before every collective."""
 
     def __init__(self, rank: int, tables: dict[str, _Table], pause: Callable[[], None] = lambda: None):
         self.rank = self.local_rank = rank
@@ -35,8 +38,19 @@ class ThreadWorld(World):
             received[end : end + size] = gave[self.rank]
             end += size
 
+    def gather_parts(self, part, sizes):
+        assert part.numel() == sizes[self.rank]
+        pieces = self._meet("files", part.flatten().clone())
+        return torch.cat(pieces) if self.first else part.new_empty(0)
+
+    def deal_parts(self, whole, sizes):
+        return self._meet("files", whole)[0].split(list(sizes))[self.rank].clone()
+
+    def meet(self, value: Any) -> list[Any]:
+        return self._meet("files", json.loads(json.dumps(value)))
+
     def tell(self, value: Any) -> list[Any]:
-        return self._meet("talk", value)
+        return self._meet("talk", json.loads(json.dumps(value)))
 
     def _meet(self, table: str, value: Any) -> list[Any]:
         self._pause()
@@ -62,7 +76,7 @@ def on_ranks(count: int, work: Callable[[World], Result], pause: Callable[[], No
     """What `work` returns on each of `count` ranks. Raises the first error of any, and lets the others go."""
     if count == 1:
         return [work(World())]
-    tables = {name: _Table(count) for name in ("wire", "talk")}
+    tables = {name: _Table(count) for name in ("wire", "talk", "files")}
     results: list[Any] = [None] * count
     errors: list[BaseException] = []
 

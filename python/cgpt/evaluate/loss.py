@@ -50,22 +50,26 @@ def held_out_loss(
 ) -> HeldOut:
     """Evaluates the first windows of `loader`, `batch_size` at a time; the same windows at every call.
 
-    A walk takes as many batches through a layer as the store's placement has micro-batches a visit, which changes no
-    bit of the loss and divides what crosses to the device.
+    A walk takes as many batches through a layer as the store's placement has micro-batches a visit, which divides what
+    crosses to the device. Ranks deal the batches out in turn, and each gets the loss of all. Neither changes a bit of
+    it.
     """
     n_windows = windows_within(loader, max_tokens)
     batches = [(start, min(batch_size, n_windows - start)) for start in range(0, n_windows, batch_size)]
-    at_once = executor.store.placement.micro_batches
-    total = 0.0
+    world, at_once, device = executor.store.world, executor.store.placement.micro_batches, executor.store.device
+    rounds = -(-len(batches) // world.count)
+    mine = batches[world.rank :: world.count]
+    mine += [None] * (rounds - len(mine))
+    found: list[float | None] = []
     name, tokens = loader.split.dataset.name, n_windows * loader.seq_len
     with tqdm(total=tokens, unit=" tokens", unit_scale=True, desc=name, disable=not progress) as bar:
-        for first in range(0, len(batches), at_once):
-            visit = batches[first : first + at_once]
-            losses = executor.losses([to_device(loader.batch(*span), executor.store.device) for span in visit])
-            for (_, n), loss in zip(visit, losses, strict=True):
-                total += n * loss
-                bar.update(n * loader.seq_len)
-    loss = total / n_windows
+        for first in range(0, rounds, at_once):
+            visit = mine[first : first + at_once]
+            found += executor.losses([span and to_device(loader.batch(*span), device) for span in visit])
+            done = batches[first * world.count : (first + at_once) * world.count]
+            bar.update(sum(n for _, n in done) * loader.seq_len)
+    told = world.tell(found)
+    loss = sum(n * told[i % world.count][i // world.count] for i, (_, n) in enumerate(batches)) / n_windows
     return HeldOut(loss, tokens, bits_per_byte(loss, tokens, loader.text_bytes(n_windows)))
 
 

@@ -30,6 +30,7 @@ from cgpt.stream.format import Format
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.layout import LayerPlan, Layout
 from cgpt.tensor_files import TensorFile
+from cgpt.world import World
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,8 +38,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Weights:
     """What `checkpoint.save` saves. path: where they lie. recipe: of the run that made them, or that importing makes.
 
-    layers: of the walk, in numbers.
+    layers: of the walk, in numbers. world: whoever reads them has all of them.
     """
+
+    world = World()
 
     def __init__(self, path: Path, recipe: Recipe):
         self.path, self.recipe = path, recipe
@@ -84,6 +87,7 @@ class _Record:
     layout: Layout
     weights: Weights
     format: Format = Format("fp32", training=False)  # noqa: RUF009 (frozen)
+    ranks: int = 1
 
     def master(self, name: str) -> Tensor:
         return self.weights.read(name)

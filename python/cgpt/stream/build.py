@@ -31,8 +31,8 @@ def check_device(device: str) -> None:
 
 
 def build(shape: GPTConfig, format: Format, device: str | Device, **where) -> tuple[GPT, Store]:
-    """A GPT with its parameters in a store, all zero; `where` is Store's placement, disk and world. Raises InputError where
-    there is no such device."""
+    """A GPT with its parameters in a store, all zero; `where` is Store's placement, disk and world. Raises InputError
+    where there is no such device."""
     if isinstance(device, str):
         check_device(device.partition(":")[0])
     with torch.device("meta"):

@@ -46,10 +46,10 @@ Result = TypeVar("Result")
 
 
 class Event:
-    """The end of a piece of work."""
+    """The end of a piece of work. what: its lane and name, for whoever asks what somebody waits for."""
 
-    def __init__(self, device: Device):
-        self._device, self._over = device, threading.Event()
+    def __init__(self, device: Device, what: str = ""):
+        self._device, self.what, self._over = device, what, threading.Event()
 
     @property
     def done(self) -> bool:
@@ -73,7 +73,7 @@ class Device:
 
     torch_device: of tensors that modules compute with. arena_bytes: all that `allocate` will ever give, taken at once.
     timeline: where spans are noted. hunt: a seed, for the mode that looks for races. serial: everything is done when it
-    is submitted, on the caller's thread.
+    is submitted, on the caller's thread. progress: changes whenever a lane or the arithmetic has finished something.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class Device:
         self.hunting = hunt is not None
         self._draws = {lane: random.Random(f"{hunt} {lane}") for lane in ("compute", *LANES)}
         self._errors: list[BaseException] = []  # the first stopped the device
+        self.progress = 0
+        self._at: dict[str, tuple[str, float, Sequence[Event]]] = {}  # lane -> its work, since when, behind what
         self._arena = self._make_arena(arena_bytes)
 
     def _make_arena(self, nbytes: int) -> Tensor:
@@ -143,6 +145,10 @@ class Device:
         if self.hunting:
             memory.view(torch.uint8).fill_(255)
 
+    def state(self) -> list[str]:
+        """A line for each lane: what it is at, for how long, what it waits for, and how much waits for it."""
+        return [f"{lane:9} {self._doing(lane)}; {self._queued(lane)} queued" for lane in ("compute", *LANES)]
+
     def settle(self) -> None:
         """Waits for everything submitted. Raises what stopped the device."""
         self.check()
@@ -153,6 +159,23 @@ class Device:
     def _want_lane(self, lane: str) -> None:
         if lane not in LANES:
             raise ValueError(f"submit: lane must be one of {', '.join(LANES)}, got {lane}")
+
+    def _begin(self, lane: str, what: str, after: Sequence[Event]) -> None:
+        self._at[lane] = what, time.monotonic(), after
+
+    def _finish(self, lane: str) -> None:
+        self._at.pop(lane, None)
+        self.progress += 1
+
+    def _doing(self, lane: str) -> str:
+        if (at := self._at.get(lane)) is None:
+            return "idle"
+        what, since, after = at
+        behind = ", ".join(event.what for event in after if not event.done)
+        return f"{what}, for {time.monotonic() - since:.1f} s" + (f", behind {behind}" if behind else "")
+
+    def _queued(self, lane: str) -> int:
+        return 0
 
     def _delay(self, lane: str) -> None:
         if self.hunting and self._draws[lane].random() < 0.5:
@@ -187,7 +210,7 @@ class CpuDevice(Device):
     def submit(self, lane, what, work, after=(), nbytes=0):
         self._want_lane(lane)
         self.check()
-        event = Event(self)
+        event = Event(self, f"{lane} {what}")
         turn = (lane, what, work, tuple(after), nbytes, event)
         if self.serial:
             self._turn(*turn)
@@ -200,11 +223,15 @@ class CpuDevice(Device):
         return event
 
     def compute(self, what, work, after=(), flops=0.0):
-        for event in after:
-            self._stand_behind(event)
-        self.check()
-        self._delay("compute")
-        return self._arithmetic(what, work, flops)
+        self._begin("compute", what, after)
+        try:
+            for event in after:
+                self._stand_behind(event)
+            self.check()
+            self._delay("compute")
+            return self._arithmetic(what, work, flops)
+        finally:
+            self._finish("compute")
 
     def settle(self):
         for event in list(self._last.values()):
@@ -225,9 +252,12 @@ class CpuDevice(Device):
         begin = time.perf_counter()
         result = work()
         self._note("compute", what, begin, time.perf_counter(), 0, flops)
-        event = Event(self)
+        event = Event(self, f"compute {what}")
         event.end()
         return result, event
+
+    def _queued(self, lane: str) -> int:
+        return self._lanes[lane][0].qsize() if lane in self._lanes else 0
 
     def _open(self, lane: str) -> None:
         queue: SimpleQueue = SimpleQueue()
@@ -238,6 +268,7 @@ class CpuDevice(Device):
 
     def _turn(self, lane: str, what: str, work: Callable[[], None], after: tuple, nbytes: int, event: Event) -> None:
         """One piece of work on its lane's thread. Whatever fails in it, waiting too, stops the device: `event` ends."""
+        self._begin(lane, what, after)
         try:
             for before in after:
                 before.settle()
@@ -249,6 +280,7 @@ class CpuDevice(Device):
         except BaseException as error:  # of any kind: whoever waits must get it
             self._errors.append(error)
         finally:
+            self._finish(lane)
             event.end()
 
     def _do(self, lane: str, work: Callable[[], None]) -> None:

@@ -18,8 +18,8 @@ PIECE = 1 << 30  # bytes from the start of a host arena that are registered with
 class StreamEvent(Event):
     """What has been enqueued on the compute stream by now."""
 
-    def __init__(self, device: CudaDevice):
-        super().__init__(device)
+    def __init__(self, device: CudaDevice, what: str = ""):
+        super().__init__(device, what)
         self.recorded = torch.cuda.Event(enable_timing=device.timeline is not None)
         self.recorded.record(torch.cuda.current_stream(device.torch_device))
 
@@ -90,14 +90,14 @@ class CudaDevice(CpuDevice):
 
     def _arithmetic(self, what, work, flops):
         if self.timeline is None:
-            return work(), StreamEvent(self)
+            return work(), StreamEvent(self, f"compute {what}")
         if self._reference is None:
             now = StreamEvent(self)
             now.settle()
             self._reference = now, time.perf_counter()
         begin = StreamEvent(self)
         result = work()
-        end = StreamEvent(self)
+        end = StreamEvent(self, f"compute {what}")
         self._unnoted.append((what, begin, end, flops))
         self._note_arithmetic()
         return result, end

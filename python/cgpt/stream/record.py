@@ -63,15 +63,17 @@ class Part:
 
 def parts_of(layout: Layout, rank: int = 0, ranks: int = 1) -> dict[str, Part]:
     """What a rank has of each of `layout`'s parameters, in their order; those that it has nothing of left out."""
-    each = shard_size(layout.size, ranks)
-    begin, end = rank * each, (rank + 1) * each
-    found = {}
-    for name, start, shape in zip(layout.names, layout.starts, layout.shapes, strict=True):
-        low, high = max(start, begin), min(start + math.prod(shape), end)
-        if low < high:
-            whole = high - low == math.prod(shape)
-            found[name] = Part(low - start, high - low, low - begin, shape if whole else (high - low,))
-    return found
+    found = {name: part_of(layout, name, rank, ranks) for name in layout.names}
+    return {name: part for name, part in found.items() if part.size}
+
+
+def part_of(layout: Layout, name: str, rank: int, ranks: int) -> Part:
+    """What a rank has of one parameter; it may be nothing."""
+    i, each = layout.names.index(name), shard_size(layout.size, ranks)
+    start, shape, begin = layout.starts[i], layout.shapes[i], rank * each
+    low = max(start, begin)
+    size = max(0, min(start + math.prod(shape), begin + each) - low)
+    return Part(low - start, size, low - begin, shape if size == math.prod(shape) else (size,))
 
 
 class Record:
@@ -117,12 +119,22 @@ class Record:
         bf16 rounds ties away from zero (the split master's high half), with and without masters, so that training,
         evaluation and generation compute with the same bits. Raises InputError for another shape or dtype.
         """
+        value = self.checked(name, value)
+        self.set_part(name, part_of(self.layout, name, self.rank, self.ranks).cut(value))
+
+    def checked(self, name: str, value: Tensor) -> Tensor:
+        """`value`, a whole parameter. Raises InputError for another shape or dtype."""
         shape = self.layout.shapes[self.layout.names.index(name)]
         if tuple(value.shape) != shape or value.dtype != torch.float32:
             raise InputError(f"{name}: wanted float32 {shape}, got {value.dtype} {tuple(value.shape)}")
+        return value
+
+    def set_part(self, name: str, value: Tensor) -> None:
+        """`set_master` from this rank's part alone (fp32, as many elements as it has, which may be none)."""
         if name not in self.parts:
             return
-        working, value = self.view("working", name), self.parts[name].cut(value)
+        working = self.view("working", name)
+        value = value.view(working.shape)
         if self.format.precision == "bf16":
             if "low" in self.flat and working.device.type == "cpu":  # in place: an embedding's halves are large
                 _native.split_master(value.contiguous(), working, self.view("low", name))

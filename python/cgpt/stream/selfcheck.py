@@ -2,9 +2,11 @@
 
     two steps of a few layers, streamed as the run's placement says      ==      the same two steps in memory
 
-bit for bit: losses, norms, masters and moments, which must have moved. The layers are the first, the first block and
-the first of each further kind of place, and the last; the second step computes with what the first one updated. A copy
-that does nothing, a stale copy or an update that is lost stops the run here instead of letting it learn nothing.
+bit for bit: losses, norms, masters and moments, which must have moved. Of several ranks each has a micro-batch of the
+former and its part of what comes of all, and does the latter by itself, with all micro-batches. The layers are the
+first, the first block and the first of each further kind of place, and the last; the second step computes with what the
+first one updated. A copy that does nothing, a stale copy, an update that is lost or a shard that went astray stops the
+run here instead of letting it learn nothing.
 
 Both runs have memory of their own, one after the other, and the store's modules, whose parameters then get back what
 they had; the store is only read.
@@ -27,10 +29,14 @@ from cgpt.stream.executor import Batch, Executor
 from cgpt.stream.format import Format
 from cgpt.stream.optimizer import AdamW
 from cgpt.stream.placement import Placement
+from cgpt.stream.record import Part
 from cgpt.stream.store import Layer, Store
+from cgpt.world import World
 
 STEPS, LR = 2, 1e-3
 SAMPLE = 16  # tokens
+
+Outcome = tuple[list, dict[str, tuple[Part, Tensor]]]  # losses and norms; masters and moments, and which part they are
 
 
 def check(store: Store, batch: Batch) -> None:
@@ -49,17 +55,20 @@ def check(store: Store, batch: Batch) -> None:
             tensor.copy_(store.read(name))
 
         kind = store.format, str(store.device), layers
-        got = _train(*kind, streamed, batch, disk, initial)
-        want = _train(*kind, Placement.resident(len(layers)), batch, None, initial)
+        got = _train(*kind, streamed, [batch], disk, initial)
+        want = _train(*kind, Placement.resident(len(layers)), [batch], None, initial)
     finally:
         for parameter, data in before:
             parameter.data = data
-    _compare(got, want, {name: store.read(name) for name in want[1]})
+    _compare(got, want, {name: store.read(name) for layer in layers for name in layer.parameters})
 
 
-def check_machine(format: Format, device: str, placement: Placement, disk: str | None) -> None:
+def check_machine(
+    format: Format, device: str, placement: Placement, disk: str | None, world: World | None = None
+) -> None:
     """`check` before anything large is allocated: of a small GPT whose layers live as those of `placement`, on this
-    machine's lanes, memory and disk. Milliseconds, and no memory to speak of."""
+    machine's lanes, memory and disk, and what joins it to the other ranks of `world`, which all call it. Milliseconds,
+    and no memory to speak of."""
     picked = picked_layers(placement)
     shape = GPTConfig(
         n_layer=len(picked) - 2, n_head=2, d_model=64, d_head=32, d_ff=256, vocab_size=256, seq_len=SAMPLE
@@ -68,8 +77,8 @@ def check_machine(format: Format, device: str, placement: Placement, disk: str |
         layers = layers_of(GPT(shape))
     between = -(-SAMPLE * shape.d_model * 4 // 128) * 128
     streamed = replace(_picked(placement, picked), boundary=between, micro_batches=1, visits=1)
-    ids = torch.arange(SAMPLE + 1).unsqueeze(0).to(device)
-    batch = ids[:, :-1], ids[:, 1:]
+    rows = [torch.arange(i, SAMPLE + 1 + i).unsqueeze(0).to(device) % 256 for i in range(placement.ranks)]
+    batches = [(ids[:, :-1], ids[:, 1:]) for ids in rows]
 
     def initial(name: str, tensor: Tensor) -> None:
         init_parameter(name, tensor, shape, 0)
@@ -79,11 +88,9 @@ def check_machine(format: Format, device: str, placement: Placement, disk: str |
         for name, parameter in layer.parameters.items():
             start[name] = torch.empty(parameter.shape)
             initial(name, start[name])
-    found = [
-        _train(format, device, layers, where, batch, disk, initial)
-        for where in (streamed, Placement.resident(len(layers)))
-    ]
-    _compare(*found, start)
+    got = _train(format, device, layers, streamed, batches, disk, initial, world)
+    want = _train(format, device, layers, Placement.resident(len(layers)), batches, None, initial)
+    _compare(got, want, start, "streaming" if placement.ranks == 1 else f"{placement.ranks} ranks")
 
 
 def picked_layers(placement: Placement) -> list[int]:
@@ -111,25 +118,32 @@ def _train(
     device: str,
     layers: Sequence[Layer],
     placement: Placement,
-    batch: Batch,
+    batches: list[Batch],
     disk: str | None,
     initial: Callable[[str, Tensor], None],
-) -> tuple[list, dict[str, Tensor], dict[str, Tensor]]:
-    """(losses and norms, masters, moments) after STEPS steps from `initial` masters and moments of zero."""
-    twin = None
+    world: World | None = None,
+) -> Outcome:
+    """What comes of STEPS steps from `initial` masters and moments of zero, each of all `batches`."""
+    twin, world = None, world or World()
+    mine, samples = batches[world.rank :: world.count], sum(len(ids) for ids, _ in batches)
     try:
-        twin = Store(layers, format, device, placement=placement, disk=disk)
+        twin = Store(layers, format, device, placement=placement, disk=disk, world=world)
         twin.initialise(initial)
         executor, optimizer = Executor(twin, seed=0), AdamW(twin)
         optimizer.loss_scale = 1.0  # what overflows is skipped, and would prove nothing
         rows = []
         for _ in range(STEPS):
-            found = executor.gradients([[batch]], optimizer.loss_scale)
+            found = executor.gradients([mine], optimizer.loss_scale, micro_batches=len(batches), samples=samples)
             rows.append((found.loss, found.norm, optimizer.step(found, LR)))
         twin.settle()
-        masters = {name: twin.read(name) for name in twin.names()}
-        moments = {f"{kind} of {n}": twin.moment(kind, n) for n in masters for kind in ("exp_avg", "exp_avg_sq")}
-        return rows, masters, moments
+        values = {}
+        for index in range(len(layers)):
+            with twin.record(index) as record:
+                for name, part in record.parts.items():
+                    values[name] = part, record.master(name)
+                    for kind in ("exp_avg", "exp_avg_sq"):
+                        values[f"{kind} of {name}"] = part, record.view(kind, name).to("cpu", torch.float32, copy=True)
+        return rows, values
     finally:
         if twin is not None:
             twin.lanes.close()
@@ -137,16 +151,16 @@ def _train(
                 twin.disk.close()
 
 
-def _compare(got, want, start: dict[str, Tensor]) -> None:
+def _compare(got: Outcome, want: Outcome, start: dict[str, Tensor], what: str = "streaming") -> None:
+    """start: masters as they were. `want` is of whole parameters."""
     fault = None
     for i, (here, there) in enumerate(zip(got[0], want[0], strict=True)):
         if not there[2] or here != there:
             fault = fault or f"step {i + 1}: loss and gradient norm {here[:2]}, in memory {there[:2]}"
-    for here, there in zip(got[1:], want[1:], strict=True):
-        for name, value in there.items():
-            if not torch.equal(here[name], value):
-                fault = fault or f"{name} differs"
-    if all(torch.equal(start[name], value) for name, value in want[1].items()):
+    for name, (part, value) in got[1].items():
+        if not torch.equal(value, part.cut(want[1][name][1])):
+            fault = fault or f"{name} differs"
+    if all(torch.equal(value, want[1][name][1]) for name, value in start.items()):
         fault = fault or "no weight has moved"
     if fault:
-        raise InputError(f"self-check: wanted streaming to give the bits of a model in memory, got {fault}")
+        raise InputError(f"self-check: wanted {what} to give the bits of a model in memory, got {fault}")

@@ -8,7 +8,9 @@ waits for the saving thread; a slow disk so slows training down, and never lets 
 (torch's own asynchronous checkpoint of tensors on the CPU writes whatever they hold by then: pytorch#144657.)
 
 The two cannot wait for each other in a circle: the saving thread waits for updates submitted before the snapshot was
-made, which pass no gate of its, and reads the disk by itself, into memory that is there for nothing else.
+made, which pass no gate of its, and reads the disk by itself, into memory that is there for nothing else. Of several
+ranks each has a snapshot of its shards; what was submitted before it on one waits for nothing submitted after it on
+another, for all submit in the same order.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Snapshot:
             raise RuntimeError("snapshot: wanted a store without one, got a store whose snapshot is still being saved")
         if store.placement.aside is None:
             raise RuntimeError("snapshot: wanted a placement with memory aside, got none")
-        self.store, self.layers = store, store.layers
+        self.store, self.layers, self.world = store, store.layers, store.world
         self._state = ["waiting"] * len(store.layers)
         self._ready = [store.pending(index) for index in range(len(store.layers))]
         self._copies: dict[int, Record] = {}
