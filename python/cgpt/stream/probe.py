@@ -2,10 +2,10 @@
 run then measures.
 
     down, up       copies of 64 MiB between host and device
+    wire           64 MiB gathered from all ranks, and a few bytes, for what any call costs; every rank probes at once
     optimizer      AdamW on 4M parameters in the run's own format, on as many threads as its lane has
     read, write    64 MiB each of the disk tier, both at once as in a run; only what has been written costs a disk
                    anything to read
-    wire           an all-gather of 64 MiB, and a small one for what any costs; every rank probes at once
     compute        the first step's own FLOPs over its own seconds: no model of a GEMM is needed
 """
 
