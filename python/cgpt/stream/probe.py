@@ -5,6 +5,7 @@ run then measures.
     optimizer      AdamW on 4M parameters in the run's own format, on as many threads as its lane has
     read, write    64 MiB each of the disk tier, both at once as in a run; only what has been written costs a disk
                    anything to read
+    wire           of several ranks, an all-gather after which each has 64 MiB, and one of next to nothing
     compute        the first step's own FLOPs over its own seconds: no model of a GEMM is needed
 """
 
@@ -30,8 +31,9 @@ NO_DISK = 1e15  # of a placement without one
 
 
 def probe(store: Store) -> Rates:
-    """Rates of `store`'s lanes but for compute's, which is 1. The disk tier's first bytes are overwritten."""
-    lanes, nbytes = store.lanes, COPY_BYTES
+    """Rates of `store`'s lanes but for compute's, which is 1; all ranks call it. The disk tier's first bytes are
+    overwritten."""
+    lanes, world, nbytes = store.lanes, store.world, COPY_BYTES
     pinned = store.device.type == "cuda" and store.host.why_not_pinned is None
     here = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
     there = torch.zeros(nbytes, dtype=torch.uint8, device=store.device)
@@ -44,6 +46,12 @@ def probe(store: Store) -> Rates:
         store.disk.writer(size, part)()
         works = {"write": store.disk.writer(0, part), "read": store.disk.reader(size, torch.empty_like(part))}
         rates |= {lane: size / seconds for lane, seconds in _seconds(store, works).items()}
+    if world.count > 1:
+        size = nbytes // world.count
+        whole, part = there[: size * world.count], torch.zeros(size, dtype=torch.uint8, device=store.device)
+        few = whole[: world.count], part[:1]
+        rates["wire_latency"] = _seconds(store, {"wire": lambda: world.all_gather(*few)})["wire"]
+        rates["wire"] = (whole.nbytes - size) / _seconds(store, {"wire": lambda: world.all_gather(whole, part)})["wire"]
     step, moved = _adamw(store.format)
     return Rates(1.0, memory=moved / _seconds(store, {"optimizer": step})["optimizer"], **rates)
 
