@@ -228,3 +228,11 @@ def test_caches_are_made_by_one_rank_of_a_machine_before_the_others(here):
 
     assert on_ranks(4, work) == [0, 1, 2, 3]
     assert order == [0, 0, 1, 1]
+
+
+def test_ranks_start_from_the_weights_of_a_run(here, threads):
+    train.train(nano(out=here / "tuned"))
+    start = {"model": None, "init": here / "tuned", "steps": 2}
+    train.train(nano(out=here / "one", **start))
+    threads(2, nano(out=here / "two", **start))
+    assert left(here / "two") == left(here / "one")
