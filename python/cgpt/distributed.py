@@ -85,13 +85,13 @@ class TorchWorld(World):
     def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
         whole = part.new_empty(sum(sizes) if self.first else 0)
         here = self._at_first(part.numel())
-        dist.all_to_all_single(whole, part.reshape(-1), self._of_first(sizes), here, group=self._files)
+        _all_to_all(whole, part.reshape(-1), self._of_first(sizes), here, group=self._files)
         return whole
 
     def deal_parts(self, whole: Tensor, sizes: Sequence[int]) -> Tensor:
         part = torch.empty(sizes[self.rank])
         here = self._at_first(part.numel())
-        dist.all_to_all_single(part, whole if self.first else part[:0], here, self._of_first(sizes), group=self._files)
+        _all_to_all(part, whole if self.first else part[:0], here, self._of_first(sizes), group=self._files)
         return part
 
     def meet(self, value: Any) -> list[Any]:

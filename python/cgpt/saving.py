@@ -97,7 +97,7 @@ class Checkpoints:
         except BaseException:
             try:
                 self.finish()
-            except (OSError, InputError, RuntimeError) as error:  # of a rank that is gone, the back end's own
+            except (OSError, InputError, RuntimeError) as error:  # the last: another rank's, whatever it was there
                 say(f"checkpoint not saved: {error}")
             raise
 
@@ -106,5 +106,7 @@ class Checkpoints:
         try:
             yield
         except OSError as error:
-            reason = f"{error.strerror}; last good checkpoint: {self.newest or 'none'}"
-            raise OSError(error.errno, reason, error.filename) from error
+            left = f"last good checkpoint: {self.newest or 'none'}"
+            if isinstance(error, ConnectionError):
+                raise ConnectionError(f"{error}; {left}") from error
+            raise OSError(error.errno, f"{error.strerror}; {left}", error.filename) from error

@@ -72,7 +72,7 @@ class Meeting:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is not None and self._listening:
-            with contextlib.suppress(RuntimeError):  # nobody is there: what has gone wrong here is still the reason
+            with contextlib.suppress(ConnectionError):  # what has gone wrong here is the reason all the same
                 self._say(_told(error))
 
     def _say(self, word: dict | None) -> list[dict | None]:
