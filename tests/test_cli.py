@@ -65,7 +65,7 @@ def test_mistakes_are_one_line(here, capsys, argv, wanted):
 
 def test_a_model_past_the_memory_there_is(here, capsys, monkeypatch):
     monkeypatch.setattr(placing, "limits", lambda: Limits({"memory": 8 << 30}))
-    wanted = "--model: 13B wants 195.42 GiB for state and gradients, got 8.00 GiB of free memory; --placement auto or"
+    wanted = "--model: 13B wants 195.46 GiB for state and gradients, got 8.00 GiB of free memory; --placement auto or"
     assert wanted in refused(capsys, "train", "--model", "13B")
     assert not (here / "runs").exists()
 

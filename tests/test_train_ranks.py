@@ -84,17 +84,15 @@ def test_torchrun_trains_what_one_process_does(here):
     assert {name: one[name] for name in same} == {name: two[name] for name in same}
 
 
-def test_processes_that_stream_train_what_one_does_that_does_not(here, runs):
+@pytest.mark.parametrize(("ranks", "where", "more"), [(2, None, {"device_memory": "12MB"}), (4, "mixed", {})])
+def test_processes_that_stream_train_what_one_does_that_does_not(here, runs, ranks, where, more):
     train.train(nano(out=here / "one"))
-    streamed = {"flags": {"device_memory": "12MB"}, "mixed": {}}
-    for (name, more), ranks in zip(streamed.items(), (2, 4), strict=True):
-        where = None if more else name
-        code, said = runs.run("train", *flags_of(nano(out=here / name, **more)), where=where, ranks=ranks)
-        assert code == 0, said
-        assert re.search(rf"^ranks    {ranks} on 1 machine: ", said, re.MULTILINE)
-        assert re.search(r"^placed   .*host: weights of \d layers", said, re.MULTILINE)
-        assert "seconds  predicted / measured: step " in said
-        assert left(here / name) == left(here / "one")
+    code, said = runs.run("train", *flags_of(nano(out=here / "several", **more)), where=where, ranks=ranks)
+    assert code == 0, said
+    assert re.search(rf"^ranks    {ranks} on 1 machine: ", said, re.MULTILINE)
+    assert re.search(r"^placed   .*host: weights of \d layers", said, re.MULTILINE)
+    assert re.search(r"^seconds  predicted / measured: step .*, wire [\d.e-]*[1-9]", said, re.MULTILINE)
+    assert left(here / "several") == left(here / "one")
 
 
 @pytest.mark.parametrize(
@@ -228,3 +226,11 @@ def test_caches_are_made_by_one_rank_of_a_machine_before_the_others(here):
 
     assert on_ranks(4, work) == [0, 1, 2, 3]
     assert order == [0, 0, 1, 1]
+
+
+def test_ranks_start_from_the_weights_of_a_run(here, threads):
+    train.train(nano(out=here / "tuned"))
+    start = {"model": None, "init": here / "tuned", "steps": 2}
+    train.train(nano(out=here / "one", **start))
+    threads(2, nano(out=here / "two", **start))
+    assert left(here / "two") == left(here / "one")

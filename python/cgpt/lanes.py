@@ -18,17 +18,18 @@ TRACE, PICTURE = "timeline.json", "timeline.png"
 @dataclass
 class LaneReport:
     """store: whose lanes. rates: as probed before the run, None for a run that streams nothing. wanted: whether trace
-    and picture were asked for. width: of activations between layers."""
+    and picture were asked for. width: of activations between layers. micro_batch_tokens: of a full micro-batch."""
 
     store: Store
     rates: Rates | None
     wanted: bool
     width: int
+    micro_batch_tokens: int
     last: int | None = None
     forecast: Forecast | None = None
 
     def mark(self, step: int, begin: float, end: float, tokens: int) -> None:
-        """Notes that a step of so many tokens has ended."""
+        """Notes that a step of so many tokens, of all ranks, has ended."""
         timeline = self.store.lanes.timeline
         if timeline is None:
             return
@@ -36,7 +37,7 @@ class LaneReport:
         self.last = step
         if self.rates is not None:
             rates = replace(self.rates, flops=max(1.0, flops_of(timeline, step)))
-            work = Work(self.store.format, tokens, self.width)
+            work = Work(self.store.format, tokens, self.width, micro_batch_tokens=self.micro_batch_tokens)
             self.forecast = forecast(self.store.plans, self.store.placement, rates, work)
 
     def lines(self) -> list[str]:

@@ -173,7 +173,8 @@ def open_run(job: Job) -> Run:
     held_out = Loader(val_split, recipe.seq_len)
     lock = together(world, lambda: take_folder(folder) if world.first else io.StringIO())
     try:
-        lanes = LaneReport(store, probe(store) if placed.streams else None, job.timeline, recipe.shape.d_model)
+        rates, tokens = probe(store) if placed.streams else None, recipe.micro_batch_size * recipe.seq_len
+        lanes = LaneReport(store, rates, job.timeline, recipe.shape.d_model, tokens)
         checkpoints = Checkpoints(folder / checkpoint.CHECKPOINTS, store, recipe.keep)
         parts = model, store, Executor(store), optimizer, lock, lanes, checkpoints, job.tracked, say
         run = Run(recipe, folder, dataset, loader, held_out, *parts)

@@ -1,8 +1,10 @@
 """What a probe measures is what lanes do: their own rates, apart and together."""
 
+import threading
 import time
 
 import pytest
+from ranks import on_ranks
 from toy import Plain, layers
 
 from cgpt.stream import probe as room
@@ -13,6 +15,7 @@ from cgpt.stream.store import Store
 
 DISK = Placement(("disk",) * 5, ("disk",) * 5, (True,) * 5)
 RATE = 50e6
+BUILDING = threading.Lock()  # torch has one generator for all threads
 
 
 class Slow(CpuDevice):
@@ -41,6 +44,31 @@ def test_copies_are_timed_by_the_lane_that_does_them(small, tmp_path):
     rates = probed(tmp_path, Format(), Slow(1 << 20))
     assert 0.5 * RATE < rates.down <= RATE
     assert 0.5 * RATE < rates.up <= RATE
+
+
+def test_ranks_time_what_they_gather_from_one_another(small):
+    """A call takes 5 ms, and a byte as long as RATE says."""
+
+    def work(world):
+        gather = world.all_gather
+
+        def slow(whole, part):
+            time.sleep(0.005 + (world.count - 1) * part.nbytes / RATE)
+            gather(whole, part)
+
+        world.all_gather = slow
+        with BUILDING:
+            model = Plain()
+        placement = Placement.resident(5, world.count)
+        store = Store(layers(model), Format(), CpuDevice(1 << 20), placement=placement, world=world)
+        try:
+            return room.probe(store)
+        finally:
+            store.close()
+
+    for rates in on_ranks(3, work):
+        assert 0.5 * RATE < rates.wire < 1.2 * RATE
+        assert 0.005 <= rates.wire_latency < 0.02
 
 
 @pytest.mark.parametrize("format", [Format(), Format("fp16"), Format("fp32"), Format("bf16", "bf16")])

@@ -6,8 +6,9 @@ of the state: more of that becomes resident. Each count is placed anew, as `cgpt
     speed-up      tokens/s over those of the first count that fits
     efficiency    tokens/s a device over the most that any count up to this one reaches
 
-What binds is the lane that arithmetic waits for, and of the wire whether it is its rate or its latency; "batch" where
-it hardly waits and devices are idle instead, for micro-batches do not divide evenly among them. Imports no torch.
+What binds is what costs most of a step: a lane that arithmetic waits for, and of the wire whether it is its rate or
+its "latency"; "memory" where activations are computed again; "batch" where micro-batches do not divide evenly among
+devices, so that some are idle; "compute" where none of it matters. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from cgpt.errors import InputError
 from cgpt.planning.memory import Found, Problem, problem, solve
-from cgpt.stream.forecast import forecast
+from cgpt.stream.forecast import arithmetic_seconds, forecast
 from cgpt.stream.gpt_plans import gpt_plans
 from cgpt.stream.rates import BOUND
 
@@ -37,13 +38,24 @@ class Row:
 
     @property
     def binding(self) -> str:
-        """What would make it faster: a lane, "latency" of the wire, or "batch"."""
-        walk = self.found.forecast
-        if walk.binding == "compute" and self.idle > BOUND:
-            return "batch"
-        if walk.binding == "wire" and self._latency() > walk.stalls["wire"] / 2:
+        """What would make it faster (file head)."""
+        costs = self.costs
+        most = max(costs, key=costs.get)
+        if costs[most] <= BOUND:
+            return "compute"
+        if most == "wire" and self._latency() > costs["wire"] / 2:
             return "latency"
-        return walk.binding
+        return most
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Shares of a step, by what costs them."""
+        found, walk = self.found, self.found.forecast
+        kept = replace(found.placement, recompute=(False,) * len(found.placement.recompute))
+        plans, speed = gpt_plans(found.problem.shape), (found.problem.rates, found.work)
+        again, once = (arithmetic_seconds(plans, place, *speed) for place in (found.placement, kept))
+        stalls = {lane: stall / walk.seconds for lane, stall in walk.stalls.items()}
+        return stalls | {"memory": (again - once) / walk.seconds, "batch": self.idle}
 
     @property
     def idle(self) -> float:
@@ -53,11 +65,11 @@ class Row:
         return 1 - step / (first * self.count)
 
     def _latency(self) -> float:
-        """Seconds of the step that collectives' latency costs."""
+        """Share of the step that collectives' latency costs."""
         found = self.found
         rates = replace(found.problem.rates, wire_latency=0.0)
         plans = gpt_plans(found.problem.shape)
-        return found.forecast.seconds - forecast(plans, found.placement, rates, found.work).seconds
+        return 1 - forecast(plans, found.placement, rates, found.work).seconds / found.forecast.seconds
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Curve:
         return self.fitting[-1].found.problem
 
     @property
-    def linear_until(self) -> Row | None:
+    def linear_until(self) -> Row:
         """The last count whose efficiency is not below LINEAR."""
         return max((row for row in self.fitting if row.efficiency >= LINEAR), key=lambda row: row.count)
 
@@ -95,9 +107,8 @@ def curve(model: str, device: str, counts: Sequence[int], machine: Mapping[str, 
         if count > asked.sequences:
             rows.append(Row(count, None, f"more devices than the {asked.sequences:,} sequences of a step"))
             continue
-        shared = problem(model, device, count=count, **machine)
         try:
-            rows.append(Row(count, solve(shared)))
+            rows.append(Row(count, solve(problem(model, device, count=count, **machine))))
         except InputError as refusal:
             rows.append(Row(count, None, str(refusal)))
     if all(row.found is None for row in rows):

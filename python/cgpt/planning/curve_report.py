@@ -14,6 +14,7 @@ REASONS = {  # in the order of the picture's colours
     "wire": "the rate of the network between devices",
     "latency": "the latency of calls between devices",
     "batch": "micro-batches that do not divide evenly among devices",
+    "memory": "the device's memory: activations are computed again to make room for larger micro-batches",
     "down": "the link to the device",
     "up": "the link from the device",
     "optimizer": "the host's memory, for AdamW",
@@ -23,13 +24,15 @@ REASONS = {  # in the order of the picture's colours
 
 
 def placed(placement: Placement) -> str:
-    """In a word or five."""
+    """Of the layers, in a few words."""
     count, streamed = len(placement.weights), sum(at != "device" for at in placement.weights)
-    if streamed:
-        return f"streamed {streamed} of {count}"
     homes = [home for home in placement.state if home != "device"]
     tiers = " and ".join(tier for tier in TIERS if tier in homes)
-    return f"state of {len(homes)} of {count} on {tiers}" if homes else "resident"
+    told = f"state of {len(homes)} of {count} on {tiers}" if homes else "resident"
+    if streamed:
+        told = f"streamed {streamed} of {count}"
+    again = sum(placement.recompute)
+    return f"{told}, {again} recomputed" if again else told
 
 
 def to_dict(found: Curve) -> dict:
@@ -64,7 +67,7 @@ def _row(row: Row) -> dict:
         "model_flops_per_second": found.model_flops,
         "mfu": found.model_flops / found.problem.hardware.peak,
         "binding": row.binding,
-        "idle": row.idle,
+        "costs": row.costs,
         "lanes": walk.lanes,
         "stalls": walk.stalls,
         "placement": placed(place),
@@ -95,7 +98,7 @@ def show(found: Curve) -> str:
     ]
     for row in found.rows:
         if row.found is None:
-            lines.append(f"{row.count:7,} {row.why}")
+            lines.append(f"{row.count:7,} {row.why.partition('; nearest')[0]}")
             continue
         setting, flops = row.found.setting, row.found.model_flops
         step = f"{setting.visits} x {setting.micro_batches} x {setting.micro_batch_tokens // asked.shape.seq_len}"
@@ -113,7 +116,7 @@ def verdict(found: Curve) -> list[str]:
     """Where it stops being linear, for want of what; and what else binds on the way."""
     last, bent = found.linear_until, found.bent
     if bent is None:
-        told = [f"linear    to {last.count:,} devices, the most that fit: {last.efficiency:.1%} of the best speed each"]
+        told = [f"linear    to {last.count:,} devices, as far as asked: {last.efficiency:.1%} of the best speed each"]
     else:
         told = [
             f"linear    to {last.count:,} devices; from {bent.count:,} on below {LINEAR:.0%} of the best speed each "
@@ -141,7 +144,7 @@ def plot(found: Curve, path: Path) -> Path:
     speed.plot(counts, [row.found.speed for row in rows], color="0.3", linewidth=1.0)
     share.plot(counts, [100 * row.efficiency for row in rows], color="0.3", linewidth=1.0)
     share.axhline(100 * LINEAR, color="0.6", linestyle="--")
-    for colour, (name, _) in zip((*COLOURS, "0.5"), REASONS.items(), strict=False):
+    for colour, name in zip((*COLOURS, "0.75", "tab:brown"), REASONS, strict=True):
         mine = [row for row in rows if row.binding == name]
         if not mine:
             continue

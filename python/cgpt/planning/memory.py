@@ -172,11 +172,12 @@ def problem(
     for name, tokens in (("tokens-per-step", step), ("tokens-per-visit", tokens_per_visit)):
         if tokens is not None and (tokens < seq_len or tokens % seq_len):
             raise InputError(f"--{name}: wanted a multiple of {model}'s sequences of {seq_len} tokens, got {tokens}")
-    if tokens_per_visit is not None and tokens_per_visit * count > step:
-        share = f"{step} of a step" if count == 1 else f"{step // count} of a device's share of a step"
-        raise InputError(f"--tokens-per-visit: wanted at most the {share}, got {tokens_per_visit}")
     if not 1 <= count <= step // seq_len:
         raise InputError(f"--count: wanted 1 to the {step // seq_len} sequences of a step, got {count}")
+    share = -(-(step // seq_len) // count) * seq_len
+    if tokens_per_visit is not None and tokens_per_visit > share:
+        whose = "a step" if count == 1 else "a device's share of a step"
+        raise InputError(f"--tokens-per-visit: wanted at most the {share} of {whose}, got {tokens_per_visit}")
     node = 1 if node is None else node
     if node < 1:
         raise InputError(f"--node: wanted a number above 0, got {node}")
@@ -188,7 +189,7 @@ def problem(
         (parse_bytes(host_memory, "--host-memory") if host_memory else limits().host or 0) // sharing,
         (parse_bytes(disk_space, "--disk-space") if disk_space else 0) // sharing,
     )
-    share = hardware.sustained if sustained is None else sustained
+    sustained = hardware.sustained if sustained is None else sustained
     format = format or Format()
     slower = 2 if format.precision == "fp32" else 1  # products of tf32 go at half the rate of bf16
     bus = LINKS[link or hardware.link]
@@ -197,7 +198,7 @@ def problem(
     if not memory:
         raise InputError(f"--host-bandwidth: wanted more than nothing, got {host_bandwidth}")
     received, each = wire(count, node, NETWORKS[hardware.peers], between)
-    flops, disk = hardware.peak * share / slower, (DRIVE.read / sharing, DRIVE.write / sharing)
+    flops, disk = hardware.peak * sustained / slower, (DRIVE.read / sharing, DRIVE.write / sharing)
     rates = Rates(flops, bus.rate, bus.rate, memory / sharing, *disk, wire=received, wire_latency=each)
     kind = step, tokens_per_visit, format
     return Problem(model, shape, hardware, bus, budgets, rates, *kind, count, node, between)

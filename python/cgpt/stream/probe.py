@@ -2,6 +2,7 @@
 run then measures.
 
     down, up       copies of 64 MiB between host and device
+    wire           64 MiB gathered from all ranks, and a few bytes, for what any call costs; every rank probes at once
     optimizer      AdamW on 4M parameters in the run's own format, on as many threads as its lane has
     read, write    64 MiB each of the disk tier, both at once as in a run; only what has been written costs a disk
                    anything to read
@@ -16,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 
+from cgpt.stream.devices import ALIGNMENT
 from cgpt.stream.format import Format
 from cgpt.stream.layout import Layout
 from cgpt.stream.needs import BLOCK
@@ -44,8 +46,23 @@ def probe(store: Store) -> Rates:
         store.disk.writer(size, part)()
         works = {"write": store.disk.writer(0, part), "read": store.disk.reader(size, torch.empty_like(part))}
         rates |= {lane: size / seconds for lane, seconds in _seconds(store, works).items()}
+    if store.world.count > 1:
+        rates |= _wire(store, there)
     step, moved = _adamw(store.format)
     return Rates(1.0, memory=moved / _seconds(store, {"optimizer": step})["optimizer"], **rates)
+
+
+def _wire(store: Store, whole: torch.Tensor) -> dict[str, float]:
+    """Bytes a second that this rank receives in large collectives, and seconds of the smallest."""
+    rank, ranks = store.world.rank, store.world.count
+
+    def gather(size: int) -> float:
+        part = whole[rank * size : (rank + 1) * size]
+        return _seconds(store, {"wire": lambda: store.world.all_gather(whole[: ranks * size], part)})["wire"]
+
+    size = whole.numel() // ranks
+    latency = gather(ALIGNMENT)
+    return {"wire": (ranks - 1) * size / max(1e-9, gather(size) - latency), "wire_latency": latency}
 
 
 def _adamw(format: Format) -> tuple[Callable[[], None], int]:
