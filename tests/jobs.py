@@ -19,6 +19,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import nano
 from cgpt.data.tokenizer import gpt2
 
+LIMIT = 300  # seconds
+
 
 class Jobs:
     """They may die as often as asked, and then start again."""
@@ -60,7 +62,10 @@ def serve() -> None:
 
 
 def lead(arguments: list[str], ranks: int, where: str, aside: int | None, kills: list) -> None:
-    """The agent."""
+    """The agent, which ends a job that hangs as it would one that somebody ends."""
+    limit = threading.Timer(LIMIT, os.kill, (os.getpid(), signal.SIGTERM))
+    limit.daemon = True
+    limit.start()
     threading.Thread(target=kill_each, args=(kills,), daemon=True).start()
     config = LaunchConfig(
         min_nodes=1,

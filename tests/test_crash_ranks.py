@@ -12,7 +12,7 @@ from jobs import Jobs
 from nano import write_corpus
 from test_crash import outcome, whole_ones
 
-KILLS = int(os.environ.get("CGPT_TEST_KILLS", "2"))
+KILLS = int(os.environ.get("CGPT_TEST_KILLS", "1"))
 AT_ONCE = 5  # at most, of a job
 EVERY = 2
 COMMON = "--model nano --data corpus.txt --steps 6 --keep 1 --eval-every 50 --eval-tokens 32".split()
@@ -50,7 +50,7 @@ def cut(here):
     shutil.rmtree(here / "cut", ignore_errors=True)
 
 
-@pytest.mark.parametrize("mode", ["at once", "mixed"] if KILLS > 2 else ["mixed"])
+@pytest.mark.parametrize("mode", ["at once", "mixed"] if KILLS > 1 else ["mixed"])
 def test_killed_in_the_second_save_on_either_side(jobs, whole, cut, mode):
     ranks, where, aside = MODES[mode]
     kills = [(0, "h.1.mlp.c_fc.weight on its way", 2), (1, "exp_avg/h.0.mlp.c_fc.weight sent", 1)]
@@ -61,7 +61,7 @@ def test_killed_in_the_second_save_on_either_side(jobs, whole, cut, mode):
     assert sorted(os.listdir(cut / checkpoint.CHECKPOINTS)) == ["latest", "step-00000006"]
 
 
-@pytest.mark.parametrize("mode", MODES if KILLS > 2 else ["resident"])
+@pytest.mark.parametrize("mode", MODES if KILLS > 1 else ["resident"])
 def test_killed_at_random_moments(jobs, whole, cut, mode):
     ranks, where, aside = MODES[mode]
     draw, options = random.Random(mode), {"ranks": ranks, "where": where, "aside": aside}
