@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -52,10 +53,12 @@ def serve() -> None:
             with said.open("w") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            with contextlib.suppress(BaseException):
+            try:
                 lead(**json.loads(line))
-                os._exit(0)
-            os._exit(1)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
         _, status = os.waitpid(process, 0)
         starts = len(list(Path.cwd().glob("pid-*-0")))
         print(json.dumps([os.waitstatus_to_exitcode(status), said.read_text(), starts]), flush=True)
