@@ -147,7 +147,7 @@ def test_another_state_of_the_same_version_is_seen(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1")
     before = agreement.sources()
-    monkeypatch.setattr(agreement.cgpt, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(agreement, "__file__", str(tmp_path / "agreement.py"))
     one = agreement.sources()
     (tmp_path / "a/b.py").write_text("x = 2")
     two = agreement.sources()

@@ -216,7 +216,7 @@ def _free_device(world: World) -> int:
 
 def _sharing(world: World) -> int:
     """Ranks of this machine on one GPU."""
-    return -(-world.local_count // torch.cuda.device_count())
+    return -(-world.local_count // max(1, torch.cuda.device_count()))
 
 
 def _least_arena(plans: list[LayerPlan], recipe: Recipe, ranks: int) -> int:
