@@ -79,8 +79,10 @@ def on_ranks(count: int, work: Callable[[World], Result], pause: Callable[[], No
     tables = {name: _Table(count) for name in ("wire", "talk", "files")}
     results: list[Any] = [None] * count
     errors: list[BaseException] = []
+    cores = torch.get_num_threads()  # of this thread: each has a number of its own
 
     def run(rank: int) -> None:
+        torch.set_num_threads(cores)
         try:
             results[rank] = work(ThreadWorld(rank, tables, pause))
         except BaseException as error:

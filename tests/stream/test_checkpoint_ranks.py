@@ -1,6 +1,7 @@
 """What N ranks save is what one saves, and M ranks go on from it bit for bit; an error of one is an error of all."""
 
 import errno
+import hashlib
 import os
 import shutil
 import threading
@@ -85,7 +86,8 @@ class Run:
 
 
 def files(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    """What tells one checkpoint's bytes from another's, in few words where they differ."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
 
 
 def at(folder, step):
