@@ -384,6 +384,27 @@ def test_open_corpus_at_once_prepares_once(tmp_path, prose, monkeypatch):
     assert len(encoded) == once
 
 
+def test_a_folder_that_its_holders_keep_removing_is_held_by_one_at_a_time(tmp_path):
+    inside, most, done = 0, 0, []
+
+    def hold():
+        nonlocal inside, most
+        for _ in range(200):
+            with writer.folder_for_one(tmp_path / "out", wait=True):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0)
+                inside -= 1
+        done.append(True)
+
+    ask = [threading.Thread(target=hold) for _ in range(6)]
+    for thread in ask:
+        thread.start()
+    for thread in ask:
+        thread.join()
+    assert (len(done), most) == (6, 1)
+
+
 def test_open_corpus_takes_token_files_as_they_are(tmp_path, prose):
     prepare("moby-dick", tmp_path / "ready", progress=False)
     np.arange(100, dtype="<u2").tofile(tmp_path / "n.bin")

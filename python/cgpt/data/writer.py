@@ -235,22 +235,29 @@ def folder_for_one(out: Path, *, wait: bool) -> Iterator[None]:
     path = out / LOCK
     new = not out.exists()
     while True:
-        out.mkdir(parents=True, exist_ok=True)
         try:
+            out.mkdir(parents=True, exist_ok=True)
             file = path.open("a")
-        except FileNotFoundError:  # the last holder has just removed the folder
-            continue
+        except (FileExistsError, FileNotFoundError):
+            if out.exists() and not out.is_dir():
+                raise
+            continue  # the last holder removed the folder between two of these steps
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 raise InputError(f"{out}: wanted a folder of our own, got one that is being prepared now") from error
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            try:
+                named = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                named = False
+            if not named:
                 continue  # this lock is on a file that the last holder has unlinked
             try:
                 yield
             finally:
                 path.unlink()
-                if new and not any(out.iterdir()):
-                    out.rmdir()
+                if new:
+                    with contextlib.suppress(OSError):  # not empty, or the next holder's already
+                        out.rmdir()
             return
