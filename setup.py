@@ -3,6 +3,8 @@
 CGPT_CUDA=auto|0|1|pypi  add the CUDA kernels when nvcc is found (auto), never, or insist; pypi: with the nvcc of the
                          packages in .build/nvcc.txt, which pip installs for the build by itself
 CGPT_CUDA_ARCHS=80;90a   the architectures to compile them for
+CGPT_SANITIZE=address,undefined  or thread: the CPU code under the compiler's sanitizers, into folders of its own below
+                         build/; for `python setup.py build_ext` alone, and .ci/sanitize runs the tests on it
 CXX, NVCC                the compilers
 """
 
@@ -30,6 +32,10 @@ CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
     " -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
 ).split()
+# In place of CXXFLAGS' -O3, with which a report's lines and frames are hard to find in the source. A float that an
+# integer cannot hold is undefined too, but gcc asks for that check by name.
+SANITIZED = "-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all".split()
+SANITIZERS = {"address": "address", "undefined": "undefined,float-cast-overflow", "thread": "thread"}
 ISAS = {"scalar": []}
 if platform.machine() == "x86_64":
     ISAS["avx2"] = "-mavx2 -mfma -mf16c".split()
@@ -37,6 +43,17 @@ if platform.machine() == "x86_64":
         *ISAS["avx2"],
         *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
     ]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+    ISAS["amx"] = [*ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+
+
+def sanitizers():
+    """The names in CGPT_SANITIZE, sorted; none where the build is an ordinary one."""
+    wish = os.environ.get("CGPT_SANITIZE", "")
+    names = sorted(set(wish.split(","))) if wish else []
+    if not set(names) <= set(SANITIZERS) or ("thread" in names and len(names) > 1):
+        sys.exit(f"CGPT_SANITIZE must be address, undefined, both with a comma, or thread, got {wish!r}")
+    return names
 
 
 def cuda_home():
@@ -44,7 +61,9 @@ def cuda_home():
     wish = os.environ.get("CGPT_CUDA", "auto")
     if wish not in ("auto", "0", "1", "pypi"):
         sys.exit(f"CGPT_CUDA must be auto, 0, 1 or pypi, got {wish!r}")
-    if wish == "0":
+    if wish == "1" and sanitizers():
+        sys.exit("CGPT_SANITIZE must go without CUDA, got CGPT_CUDA=1 beside it")
+    if wish == "0" or sanitizers():
         return None
     if wish == "pypi":
         nvcc = packaged_nvcc()
@@ -133,6 +152,16 @@ def quote(path):
 class NinjaBuildExt(build_ext):
     """One ninja run with both languages in it, so that every core is busy from the first file to the last."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        if names := sanitizers():
+            # Never where a wheel or an import would take it for the ordinary module.
+            if self.inplace or self.distribution.commands != ["build_ext"]:
+                sys.exit("CGPT_SANITIZE is for `python setup.py build_ext` without --inplace, and for nothing else")
+            self.build_temp, self.build_lib = (
+                "-".join([folder, *names]) for folder in (self.build_temp, self.build_lib)
+            )
+
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         work = Path(self.build_temp).resolve()
@@ -147,8 +176,11 @@ class NinjaBuildExt(build_ext):
         words = {"CGPT_NVCC": version, "CGPT_CUDA_ARCHS": ";".join(cuda_archs())} if home else {}
         built_with = " ".join(f"-D{name}=" + quote(f'"{word}"') for name, word in words.items())
         cxx = os.environ.get("CXX", "g++")
+        names = sanitizers()
+        sanitize = ["-fsanitize=" + ",".join(SANITIZERS[name] for name in names)] if names else []
+        cxxflags = [*CXXFLAGS, *SANITIZED, *sanitize] if names else CXXFLAGS
         file = Ninja()
-        file.rule("cxx", f"{cxx} {' '.join(CXXFLAGS)} {defines} {includes} $flags -MMD -MF $out.d -c $in -o $out")
+        file.rule("cxx", f"{cxx} {' '.join(cxxflags)} {defines} {includes} $flags -MMD -MF $out.d -c $in -o $out")
         for source in sorted(csrc.glob("*.cpp")):
             file.compile("cxx", source, source.stem, built_with if source.stem == "module" else "")
         for source in sorted((csrc / "host").glob("*.cpp")):
@@ -174,7 +206,9 @@ class NinjaBuildExt(build_ext):
             for source in sorted((csrc / "cuda").glob("*.cpp")):
                 file.compile("cxx", source, f"cuda_{source.stem}", f"-isystem {quote(home / 'include')}")
             libraries = f"-L{quote(home / 'lib64')} -L{quote(home / 'lib')} -lcudart_static -lrt {libraries}"
-        file.rule("link", f"{cxx} -shared -Wl,--exclude-libs,ALL -s $in {libraries} -o $out", depfile=False)
+        stripped = "" if names else "-s"  # a report names functions and lines
+        flags = " ".join(["-shared -Wl,--exclude-libs,ALL", stripped, *sanitize])
+        file.rule("link", f"{cxx} {flags} $in {libraries} -o $out", depfile=False)
         file.link("link", target)
         (work / "build.ninja").write_text("\n".join(file.lines) + "\n")
 

@@ -1,8 +1,8 @@
 """Fused GPT kernels as drop-in torch functions, modules and optimizers.
 
     from cgpt_ext import attention, cross_entropy, embedding, gelu_mlp, layer_norm     # functions
-    from cgpt_ext import adamw_, grad_norm, rotary
-    from cgpt_ext.nn import CausalSelfAttention, Embedding, GeluMLP, LayerNorm         # modules
+    from cgpt_ext import adamw_, grad_norm, linear, rotary
+    from cgpt_ext.nn import CausalSelfAttention, Embedding, GeluMLP, LayerNorm, Linear # modules
     from cgpt_ext.optim import AdamW                                                   # optimizer
 
 `python -m cgpt_ext` says what is installed here, which implementation serves each op, and why; --check tries them.
@@ -21,6 +21,7 @@ try:
     from cgpt_ext.ops.gelu_mlp import gelu_mlp, gelu_mlp_ref
     from cgpt_ext.ops.grad_norm import grad_norm, grad_norm_ref, grad_square_sums
     from cgpt_ext.ops.layer_norm import layer_norm, layer_norm_ref
+    from cgpt_ext.ops.linear import linear, linear_ref
     from cgpt_ext.ops.rotary import rotary, rotary_ref
 except Exception as error:
     _failure = error
@@ -44,6 +45,8 @@ __all__ = [
     "join_master",
     "layer_norm",
     "layer_norm_ref",
+    "linear",
+    "linear_ref",
     "rotary",
     "rotary_ref",
     "split_master",

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cgpt_ext import machine
+from cgpt_ext.machine import usable
 
 HERE = Path(__file__).parent
 # pyproject's own dependencies, and what is found at work beside us.
@@ -193,7 +194,18 @@ def code_for(major: int, minor: int, archs: str) -> str:
 def _table() -> dict:
     from cgpt_ext import dispatch
 
-    return dispatch.report()
+    found, cores = dispatch.report(), _asked(machine.cores)
+    found["cpu"]["problem"] = None if "failed" in cores else threads_problem(found["cpu"]["threads"], **cores)
+    return found
+
+
+def threads_problem(threads: int, machine: int, allowed: int, quota: float | None) -> str | None:
+    """Why so many threads would wait for each other, and what to do about it; None where each has a core."""
+    most = usable(allowed, quota)
+    if threads <= most:
+        return None
+    why = f"may run on {allowed} of {machine} cores" if most == allowed else f"is paid {quota:g} cores by its groups"
+    return f"more than this process carries, which {why}: set OMP_NUM_THREADS={most} or torch.set_num_threads({most})"
 
 
 def without_names(value, replacements: tuple[tuple[str, str], ...] | None = None):

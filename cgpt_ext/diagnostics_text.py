@@ -11,7 +11,8 @@ def show(found: dict) -> str:
     rows["cores"] = _text(found["cores"], "{machine}, {allowed} of them for this process; quota {quota}")
     rows["memory"] = _text(_sized(found["memory"]), "{total}, {free} free; limit {limit}")
     rows["native"] = _native_text(found["native"])
-    rows["cpu"] = _text(found["cpu"], "{isa} of {available}; {threads} threads")
+    problem = "; {problem}" if found["cpu"].get("problem") else ""
+    rows["cpu"] = _text(found["cpu"], "{isa} of {available}; {threads} threads" + problem)
     rows["cuda"] = _cuda_text(found["cuda"])
     for i, gpu in enumerate(found["cuda"].get("gpus", ())):
         rows[f"gpu {i}"] = _text(_sized(gpu), "{name}, compute capability {capability}, {memory}; {code}")

@@ -5,6 +5,7 @@ Each function answers on its own and raises what it meets; diagnostics.py turns 
 """
 
 import ctypes
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -47,6 +48,11 @@ def cores(root: Path = ROOT) -> dict[str, int | float | None]:
     return {"machine": os.cpu_count(), "allowed": allowed, "quota": min(quotas, default=None)}
 
 
+def usable(allowed: int, quota: float | None) -> int:
+    """Threads that this process's cores carry, as `cores` found them: one that is paid for in part carries one too."""
+    return max(1, allowed if quota is None else min(allowed, math.ceil(quota)))
+
+
 def memory(root: Path = ROOT) -> dict[str, int | None]:
     """Bytes: the machine's, what is free of it, and the least that a control group allows, None for no limit."""
     rows = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
@@ -81,14 +87,15 @@ def _driver_cuda(library: str) -> str | None:
 def control_groups(root: Path) -> Iterator[Path]:
     """The folders of this process's control groups, versions 1 and 2, and of those above them.
 
-    A container may see its own group as the top and yet be told the outer path.
+    A container may see its own group as the top and yet be told the outer path. Of version 1's controllers that share
+    a folder it may be told in another order than the folder's name has, but each has a link of its own name.
     """
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        top = root / "sys/fs/cgroup" / controllers
+        controllers, _, path = line.partition(":")[2].partition(":")
         parts = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(parts), -1, -1):
-            yield top.joinpath(*parts[:depth])
+        for name in dict.fromkeys([controllers, *controllers.split(",")]):
+            for depth in range(len(parts), -1, -1):
+                yield root.joinpath("sys/fs/cgroup", name, *parts[:depth])
 
 
 def _quota(folder: Path) -> float | None:

@@ -11,6 +11,7 @@ from cgpt_ext.ops.embedding import embedding
 from cgpt_ext.ops.gelu_mlp import gelu_mlp
 from cgpt_ext.ops.grad_norm import grad_norm
 from cgpt_ext.ops.layer_norm import layer_norm
+from cgpt_ext.ops.linear import linear
 
 
 class Embedding(torch.nn.Embedding):
@@ -30,6 +31,13 @@ class Embedding(torch.nn.Embedding):
         if isinstance(input, Tensor) and input.dtype == torch.int32:
             input = input.long()
         return embedding(input, self.weight, padding_idx=self.padding_idx)
+
+
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear` whose products on a CPU are this package's; on a GPU they are torch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class GeluMLP(torch.nn.Module):
@@ -134,7 +142,7 @@ def clip_grad_norm_(
 class CausalSelfAttention(torch.nn.Module):
     """GPT-2's self-attention: project to q, k, v, attend to the past, project back.
 
-    Parameters are nanoGPT's: `c_attn`, a `torch.nn.Linear` (d_model, 3 * d_model), and `c_proj` (d_model, d_model).
+    Parameters are nanoGPT's: `c_attn`, a `Linear` (d_model, 3 * d_model), and `c_proj` (d_model, d_model).
     `forward(x)` takes and returns (B, T, d_model). Under `torch.autocast` attention runs in the dtype that the
     projection gives.
 
@@ -148,8 +156,8 @@ class CausalSelfAttention(torch.nn.Module):
                 f"CausalSelfAttention: d_model / n_head must be a multiple of 8 from 8 to 256, got {d_model} / {n_head}"
             )
         self.n_head = n_head
-        self.c_attn = torch.nn.Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)
-        self.c_proj = torch.nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
+        self.c_attn = Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)
+        self.c_proj = Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(attention_qkv(self.c_attn(x), self.n_head, causal=True))

@@ -77,6 +77,8 @@ def problem(op: str, device: str, dtype: torch.dtype) -> Problem:
         return *_both("cross_entropy"), [normal(33, 32), normal(101, 32) / 32**0.5, ids(101, 33)]
     if op == "layer_norm":
         return *_both("layer_norm"), [normal(33, 72), normal(72), normal(72)]
+    if op == "linear":
+        return *_both("linear", scale=0.5), [normal(67, 72), normal(101, 72) / 72**0.5, normal(101)]
     if op == "rotary":
         angles = torch.outer(torch.arange(33.0), 100.0 ** -torch.linspace(0, 1, 8)).to(device)
         ours, reference = _both("rotary")

@@ -1,5 +1,5 @@
 // cross_entropy: arguments and launchers. Shapes and dtypes are in cross_entropy.cpp, which checks them. The matrix
-// products around these kernels are torch's.
+// products around these kernels are linear's, on a GPU torch's.
 #pragma once
 
 #include <optional>
@@ -49,6 +49,7 @@ void cross_entropy_share(const View& target, int64_t ignore_index, const View& d
 // out () = the sum of the losses (rows,), in double; with `mean` divided by the number of targets not ignored.
 void cross_entropy_total(const View& losses, const View& target, int64_t ignore_index, bool mean, const View& out);
 
+// out = a + b, rounded once. On a GPU alone: a CPU's products add by themselves.
 void cross_entropy_add(const View& a, const View& b, const View& out);
 
 #if defined(CGPT_CUDA)
@@ -60,4 +61,3 @@ void cross_entropy_add_cuda(const CrossEntropyAddArgs& args, int device_id);
 }  // namespace cgpt
 
 CGPT_CPU_KERNEL(cross_entropy_rows, CrossEntropyArgs)
-CGPT_CPU_KERNEL(cross_entropy_add, CrossEntropyAddArgs)

@@ -1,8 +1,8 @@
 // The border of gelu_mlp. Its own arguments, all in one of fp32, bf16, fp16: x (..., D), w1 (F, D) or for SwiGLU
 // (2 F, D), w2 (D, F) of any strides, b1 (F,) or (2 F,), b2 (D,) contiguous. Between the matrix products: pre and dpre
 // (rows, F) or (rows, 2 F), act, dact (rows, F) and dout (rows, D) contiguous, biases and their gradients contiguous,
-// all in that dtype. Into the matrix products of csrc/cuda/gemm.cuh go bf16 and fp16 whose rows or columns are
-// contiguous, begin at 16-byte boundaries and have a multiple of 8 values.
+// all in that dtype. Operands of matrix products have contiguous rows or columns; on a GPU (csrc/cuda/gemm.cuh) they
+// are bf16 or fp16, begin at 16-byte boundaries and have a multiple of 8 values.
 #include "gelu_mlp.h"
 
 #include "check.h"
@@ -66,7 +66,7 @@ bool lines_fit(int64_t lines, int64_t length, int64_t stride, int64_t step) {
     return length % 8 == 0 && (step == 1 || length <= 1) && (lines <= 1 || (stride % 8 == 0 && stride >= length));
 }
 
-Matrix operand(const char* name, const View& v) {
+Matrix gemm_operand(const char* name, const View& v) {
     Arg(kOp, name, v).dtype({DType::bf16, DType::f16}).ndim(2);
     const bool rows = lines_fit(v.size[0], v.size[1], v.stride[0], v.stride[1]);
     const bool cols = lines_fit(v.size[1], v.size[0], v.stride[1], v.stride[0]);
@@ -79,6 +79,13 @@ Matrix operand(const char* name, const View& v) {
     return {v.data, v.size[line] > 1 ? v.stride[line] : 0, rows};
 }
 
+// An operand of a product that a CPU serves too, where any dtype and length will do.
+Matrix operand(const char* name, const View& v) {
+    if (v.device != Device::cpu) return gemm_operand(name, v);
+    Arg(kOp, name, v).dtype(kFloats);
+    return matrix(kOp, name, v);
+}
+
 void check_depth(const char* name, int64_t depth) {  // gemm.cuh counts it in 32 bits
     if (depth > INT32_MAX - 64)
         fail(kOp, name, "below 2147483584 in the dimension that is summed", std::to_string(depth));
@@ -88,6 +95,10 @@ void check_gemm_output(const char* name, const View& v, const View& like, int64_
     check_output(name, v, like, rows, cols);
     if (cols % 8 != 0) fail(kOp, name, "a multiple of 8 in its last dimension", shape_of(v));
     check_aligned(name, v);
+}
+
+void check_product_output(const char* name, const View& v, const View& like, int64_t rows, int64_t cols) {
+    v.device == Device::cpu ? check_output(name, v, like, rows, cols) : check_gemm_output(name, v, like, rows, cols);
 }
 
 GemmTileChoice tile_of(const std::string& name) {
@@ -173,12 +184,12 @@ void gelu_mlp_product(const View& a, const View& b, const std::optional<View>& b
                       const std::string& tile) {
     GeluMlpProductArgs args = {};
     args.tile = tile_of(tile);
-    args.a = operand("a", a);
+    args.a = gemm_operand("a", a);
     args.m = a.size[0];
     args.k = a.size[1];
     check_depth("a", args.k);
     Arg(kOp, "b", b).on(a).dtype({a.dtype}).shape({-1, args.k});
-    args.b = operand("b", b);
+    args.b = gemm_operand("b", b);
     args.n = b.size[0];
     if (!args.a.row_major && args.b.row_major && a.numel() != 0 && b.numel() != 0)
         fail(kOp, "b", "contiguous in columns, as a is", "one that is contiguous in rows");
@@ -209,15 +220,15 @@ GeluMlpLinearFwdArgs check_linear_fwd(const View& x, const View& w1, const std::
     check_depth("x", args.k);
     Arg(kOp, "act", act).on(x).dtype({x.dtype}).shape({args.m, -1});
     args.n = act.size[1];
-    check_gemm_output("act", act, x, args.m, args.n);
+    check_product_output("act", act, x, args.m, args.n);
     const int64_t width = width_of(args.activation, args.n);
     Arg(kOp, "w1", w1).on(x).dtype({x.dtype}).shape({width, args.k});
     args.w1 = operand("w1", w1);
     if (b1) {
         check_bias("b1", *b1, x, width);
-        check_aligned("b1", *b1);
+        if (x.device != Device::cpu) check_aligned("b1", *b1);
     }
-    if (pre) check_gemm_output("pre", *pre, x, args.m, width);
+    if (pre) check_product_output("pre", *pre, x, args.m, width);
     args.b1 = data_or_null<void>(b1);
     args.pre = data_or_null<void>(pre);
     args.act = act.data;
@@ -240,9 +251,9 @@ GeluMlpLinearBwdArgs check_linear_bwd(const View& dout, const View& w2, const Vi
     args.w2 = operand("w2", w2);
     args.n = w2.size[1];
     const int64_t width = width_of(args.activation, args.n);
-    check_gemm_output("pre", pre, dout, args.m, width);
-    check_gemm_output("dpre", dpre, dout, args.m, width);
-    if (act) check_gemm_output("act", *act, dout, args.m, args.n);
+    check_product_output("pre", pre, dout, args.m, width);
+    check_product_output("dpre", dpre, dout, args.m, width);
+    if (act) check_product_output("act", *act, dout, args.m, args.n);
     if (db1) check_bias("db1", *db1, dout, width);
     args.pre = pre.data;
     args.dpre = dpre.data;
@@ -252,16 +263,22 @@ GeluMlpLinearBwdArgs check_linear_bwd(const View& dout, const View& w2, const Vi
     return args;
 }
 
+void check_cpu(Activation activation) {  // whose tiles hold no gate and its up projection at once
+    if (activation == Activation::swiglu) fail(kOp, "activation", "gelu or gelu_tanh", "swiglu");
+}
+
 }  // namespace
 
 void gelu_mlp_linear_fwd(const View& x, const View& w1, const std::optional<View>& b1, const std::optional<View>& pre,
                          const View& act, const std::string& activation, const std::string& tile) {
-    [[maybe_unused]] GeluMlpLinearFwdArgs args = check_linear_fwd(x, w1, b1, pre, act, activation);
+    GeluMlpLinearFwdArgs args = check_linear_fwd(x, w1, b1, pre, act, activation);
     args.tile = tile_of(tile);
 #if defined(CGPT_CUDA)
     if (x.device == Device::cuda) return gelu_mlp_linear_fwd_cuda(args, x.device_id);
 #endif
-    fail_device(kOp, x);
+    if (x.device != Device::cpu) fail_device(kOp, x);
+    check_cpu(args.activation);
+    if (args.m > 0 && args.n > 0) gelu_mlp_linear_fwd_cpu(args);
 }
 
 void gelu_mlp_linear_bwd(const View& dout, const View& w2, const View& pre, const View& dpre,
@@ -270,11 +287,13 @@ void gelu_mlp_linear_bwd(const View& dout, const View& w2, const View& pre, cons
     GeluMlpLinearBwdArgs args = check_linear_bwd(dout, w2, pre, dpre, act, db1, activation);
     args.tile = tile_of(tile);
     args.partials = check_partials(partials, dout, args.m, width_of(args.activation, args.n), db1.has_value());
-    if (args.partials) check_aligned("partials", *partials);
+    if (args.partials && dout.device != Device::cpu) check_aligned("partials", *partials);
 #if defined(CGPT_CUDA)
     if (dout.device == Device::cuda) return gelu_mlp_linear_bwd_cuda(args, dout.device_id);
 #endif
-    fail_device(kOp, dout);
+    if (dout.device != Device::cpu) fail_device(kOp, dout);
+    check_cpu(args.activation);
+    if (args.n > 0) gelu_mlp_linear_bwd_cpu(args);
 }
 
 namespace {

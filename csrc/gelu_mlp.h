@@ -1,5 +1,5 @@
-// gelu_mlp: arguments and launchers of its matrix products with what follows them (on a GPU), and of what stands
-// between torch's own products (everywhere). Shapes and dtypes are in gelu_mlp.cpp, which checks them.
+// gelu_mlp: arguments and launchers of its matrix products with what follows them, and of what stands between torch's
+// own products. Shapes and dtypes are in gelu_mlp.cpp, which checks them.
 //
 // F is the hidden width. pre holds what the activation reads: (rows, F), or for SwiGLU (rows, 2 F), the gate's columns
 // and then the up projection's. Sums over rows on a GPU are taken in two steps of a fixed order: of kPartialRows rows
@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "linear.h"
 #include "view.h"
 
 namespace cgpt {
@@ -41,13 +42,6 @@ struct GeluMlpBiasGradArgs {
     float* partials;  // on a GPU
     int64_t rows, cols;
     DType dtype;
-};
-
-// A matrix of 16-bit values whose rows or columns are contiguous, at 16-byte boundaries.
-struct Matrix {
-    const void* data;
-    int64_t stride;  // elements between rows, or between columns where !row_major
-    bool row_major;
 };
 
 enum class GemmTileChoice : uint8_t { automatic, large, medium, small };  // 128 x 256, 128 x 128, 64 x 64
@@ -137,3 +131,5 @@ void gelu_mlp_cublaslt_bwd_cuda(const GeluMlpLinearBwdArgs& args, const LtWorksp
 CGPT_CPU_KERNEL(gelu_mlp_fwd, GeluMlpFwdArgs)
 CGPT_CPU_KERNEL(gelu_mlp_bwd, GeluMlpBwdArgs)
 CGPT_CPU_KERNEL(gelu_mlp_bias_grad, GeluMlpBiasGradArgs)
+CGPT_CPU_KERNEL(gelu_mlp_linear_fwd, GeluMlpLinearFwdArgs)
+CGPT_CPU_KERNEL(gelu_mlp_linear_bwd, GeluMlpLinearBwdArgs)

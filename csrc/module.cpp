@@ -13,6 +13,7 @@
 #include "grad_norm.h"
 #include "host/bind.h"
 #include "layer_norm.h"
+#include "linear.h"
 #include "rotary.h"
 #include "tensor.h"
 
@@ -47,11 +48,17 @@ PYBIND11_MODULE(_native, m) {
     m.def("cpu_isa", &cpu_isa_name);
     m.def("cpu_isas", &cpu_isas);
     m.def("set_cpu_isa", &set_cpu_isa);
-    m.def("num_threads", &num_threads);
-    m.def("set_thread_count", [](int64_t n) {
-        // torch sets a thread's count the first time that it is asked there, and must not do so after this.
+    // torch sets a thread's count the first time that it is asked there, and must not do so after these.
+    const auto settle = [] {
         if (py::module_::import("sys").attr("modules").contains("torch"))
             py::module_::import("torch").attr("get_num_threads")();
+    };
+    m.def("num_threads", [settle] {
+        settle();
+        return num_threads();
+    });
+    m.def("set_thread_count", [settle](int64_t n) {
+        settle();
         return set_thread_count(n);
     });
     m.def("use_python_attributes", &use_python_attributes);
@@ -87,5 +94,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("layer_norm_fwd", &layer_norm_fwd, nogil);
     m.def("layer_norm_bwd", &layer_norm_bwd, nogil);
     m.def("layer_norm_workspace", &layer_norm_workspace, nogil);
+    m.def("linear", &linear, nogil);
+    m.def("linear_check", &linear_check, nogil);
     bind_host(m);
 }

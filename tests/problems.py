@@ -145,6 +145,14 @@ def gelu_mlp(device, dtype, N, D, H, activation, transposed):
     return Problem("gelu_mlp", ours, reference, reference, [x, w1, b1, w2, b2], dout)
 
 
+def linear(device, dtype, N, D, H, transposed):
+    weight = normal(device, dtype, H, D, scale=D**-0.5)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    x, bias, dout = (normal(device, dtype, *s) for s in ((N, D), (H,), (N, H)))
+    return Problem("linear", cgpt_ext.linear, cgpt_ext.linear_ref, F.linear, [x, weight, bias], dout)
+
+
 def layer_norm(device, dtype, N, D, residual):
     x, h, dout, dh = (normal(device, dtype, N, D) for _ in range(4))
     weight, bias = (normal(device, dtype, D) for _ in range(2))
@@ -226,6 +234,7 @@ SIZES: list[tuple[Callable, tuple]] = [
         (1, 8, 16, "gelu", False), (129, 64, 256, "gelu", True), (67, 96, 136, "gelu_tanh", True),
         (257, 768, 1024, "gelu", True), (128, 128, 512, "gelu_tanh", False), (67, 96, 136, "swiglu", True),
     )),
+    *((linear, size) for size in ((1, 8, 16, False), (129, 64, 200, True), (67, 1100, 136, False))),
     *((layer_norm, size) for size in (
         (1, 1, False), (7, 13, True), (129, 768, False), (65, 1088, True), (33, 5120, True), (3, 20000, False),
     )),
@@ -241,6 +250,7 @@ ONE_EACH: list[tuple[Callable, tuple]] = [
     (attention_masked, (1, 131, 200, 4, 2, 64, 70, 0, True)),
     (attention_varlen, (2, 1, 64, 129, 3, 70)),
     (gelu_mlp, (129, 64, 256, "gelu", True)),
+    (linear, (129, 64, 200, True)),
     (layer_norm, (129, 768, True)),
     (cross_entropy, (65, 64, 1003, 1e-3)),
     (embedding, (3, 67, 50, 96)),

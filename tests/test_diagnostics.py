@@ -307,6 +307,24 @@ def test_memory_and_cores_of_control_groups(tmp_path):
     assert machine.cores(first)["quota"] == 0.5
 
 
+def test_more_threads_than_cores(monkeypatch):
+    assert diagnostics.threads_problem(2, 64, 2, None) is None
+    assert diagnostics.threads_problem(2, 64, 64, 1.5) is None
+    assert diagnostics.threads_problem(64, 64, 64, 1.5) == (
+        "more than this process carries, which is paid 1.5 cores by its groups: "
+        "set OMP_NUM_THREADS=2 or torch.set_num_threads(2)"
+    )
+    assert "which may run on 8 of 64 cores: set OMP_NUM_THREADS=8 " in diagnostics.threads_problem(64, 64, 8, 9.0)
+    monkeypatch.setattr(machine, "cores", lambda: {"machine": 64, "allowed": 64, "quota": 0.5})
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        text = show(diagnostics.report())
+    finally:
+        torch.set_num_threads(before)
+    assert re.search(r"^cpu  .*; 3 threads; more than .* set OMP_NUM_THREADS=1 or ", text, re.MULTILINE)
+
+
 def test_the_driver_without_torch(tmp_path):
     root = tree(tmp_path, sys__module__nvidia__version="580.95.05\n")
     card = root / "proc/driver/nvidia/gpus/0000:01:00.0/information"

@@ -6,10 +6,10 @@
 
 The idea of going through the tokens in chunks and taking the gradients in the forward pass, while a chunk's logits are
 there, is Liger-Kernel's (arXiv 2410.10989); the z-loss is PaLM's (arXiv 2204.02311, section 5). Each chunk is three
-products by torch's GEMM, and between them one native pass that makes the losses and turns logits into dlogits in place.
+products, linear's on a CPU and torch's on a GPU, and between them one native pass that makes the losses and turns
+logits into dlogits in place.
 
-N tokens, D d_model, V vocab. fp16 on a CPU multiplies in fp32: torch's fp16 GEMM is a hundred times slower on machines
-without AVX512-FP16, and dlogits / N, about 1e-8, is below fp16's range; the latter holds on a GPU too.
+N tokens, D d_model, V vocab. fp16 is multiplied in fp32: dlogits / N, about 1e-8, is below fp16's range.
 
 Nothing waits for a GPU: counts and sums over the tokens stay there, so a CUDA graph may hold the call.
 """
@@ -21,12 +21,11 @@ from torch.autograd.function import once_differentiable
 from cgpt_ext import _native
 from cgpt_ext.dispatch import implementation, reference_chosen
 from cgpt_ext.ops._torch import autocast, direct, on_gpu, register, require_tensors
+from cgpt_ext.ops.linear import lines
 
 # A chunk's logits: 1335 tokens of bf16 at V = 50257, enough that summing dW over the chunks costs little beside the
 # products, and about what dW itself takes.
 LOGITS_BYTES = 128 << 20
-# A slab of dW between its product and its sum: it should still be in a CPU's cache. A GPU takes all of dW at once.
-SLAB_BYTES = 6 << 20
 
 
 def cross_entropy(
@@ -180,12 +179,13 @@ def _launch_bwd(dout, x, weight, target, ignore_index, z_loss, vocab_size, chunk
 def _walk(x, weight, target, dout, ignore_index, z_loss, vocab_size, chunk_tokens, need_dx, need_dweight):
     """Losses (N,), and with `dout` (N,) the gradients asked for, chunk by chunk of tokens.
 
-    dW's bf16 products are summed in fp32 and rounded once: the first chunk's lies in dweight itself, an fp32 buffer is
-    needed only from the third chunk on.
+    dW's half-precision products are summed in fp32 and rounded once: the first chunk's lies in dweight itself, an fp32
+    buffer is needed only from the third chunk on.
     """
     rows_of = _native.cross_entropy_rows
     if implementation("cross_entropy", x.device.type) == "triton":
         from cgpt_ext.triton.cross_entropy import cross_entropy_rows_triton as rows_of
+    product = _product_gpu if on_gpu(x) else _product_cpu
     shape, width, padded = x.shape, x.shape[-1], weight.shape[0]
     x, weight = x.reshape(-1, width), weight[:vocab_size]
     if x.dtype == torch.float16:
@@ -199,8 +199,7 @@ def _walk(x, weight, target, dout, ignore_index, z_loss, vocab_size, chunk_token
     dweight = x.new_empty(padded, width) if need_dweight else x.new_empty(0)
     if need_dweight:
         dweight[vocab_size if chunks else 0 :].zero_()
-        slab = vocab_size if on_gpu(x) else min(vocab_size, max(64, SLAB_BYTES // (width * dtype.itemsize)))
-        product = x.new_empty(slab if chunks > 1 and dtype != torch.float32 else 0, width)
+        narrow = x.new_empty(vocab_size if on_gpu(x) and chunks > 1 and dtype != torch.float32 else 0, width)
         wide = x.new_empty(vocab_size if chunks > 2 and dtype != torch.float32 else 0, width, dtype=torch.float32)
     scratch = x.new_empty(min(chunk, rows), _row_stride(vocab_size, dtype.itemsize))
 
@@ -208,24 +207,32 @@ def _walk(x, weight, target, dout, ignore_index, z_loss, vocab_size, chunk_token
         span = slice(c * chunk, min(rows, (c + 1) * chunk))
         tokens = x[span]
         logits = scratch[: tokens.shape[0], :vocab_size]
-        torch.mm(tokens, weight.T, out=logits)
+        product(tokens, weight.T, logits)
         factors = None if dout is None else dout[span]
         rows_of(logits, target[span], factors, losses[span], ignore_index, z_loss)
         if need_dx:
-            torch.mm(logits, weight, out=dx[span])
-        for begin in range(0, vocab_size, slab) if need_dweight else ():
-            dlogits = logits[:, begin : begin + slab].T
-            out = dweight[begin : begin + dlogits.shape[0]]
-            if c == 0:
-                torch.mm(dlogits, tokens, out=out)
-            elif dtype == torch.float32:
-                out.addmm_(dlogits, tokens)
-            else:
-                part = torch.mm(dlogits, tokens, out=product[: len(out)])
-                running = wide[begin : begin + slab]
-                before, after = (out if c == 1 else running), (out if c == chunks - 1 else running)
-                _native.cross_entropy_add(before, part, after)
+            product(logits, weight, dx[span])
+        if need_dweight:
+            out = dweight[:vocab_size]
+            before = None if c == 0 else out if c == 1 or dtype == torch.float32 else wide
+            after = out if c in (0, chunks - 1) or dtype == torch.float32 else wide
+            product(logits.T, tokens, after, before, narrow)
     return losses, dx.view(shape) if need_dx else dx, dweight
+
+
+def _product_cpu(a, b, out, before=None, _=None):
+    """out = a b, or a b + before; out and before may be the same tensor, and fp32."""
+    _native.linear(lines(a), lines(b.T), None, 1.0, before, out)
+
+
+def _product_gpu(a, b, out, before=None, narrow=None):
+    """The same, through `narrow` where torch's product cannot add to an fp32 tensor."""
+    if before is None:
+        torch.mm(a, b, out=out)
+    elif a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        _native.cross_entropy_add(before, torch.mm(a, b, out=narrow), out)
 
 
 def _chunk_size(rows, vocab_size, itemsize, chunk_tokens):

@@ -11,8 +11,9 @@ arXiv 2002.05202).
 z is saved; act is recomputed in the backward pass, along with dz and db1. Each weight's
 gradient has that weight's strides, so a transposed view of a (in, out) parameter gets its gradient without a copy.
 
-On a CPU the matrix products are torch's (oneDNN), and what stands between them is native. On a GPU the product with z
-and act behind it, and its backward, come from one of: `native` (our GEMM with both in its epilogue; bf16, fp16),
+On a CPU the products are linear's, with z, act and their backward while a tile is in cache; SwiGLU, whose tiles hold no
+gate and its up projection at once, has a pass between two products. On a GPU the product with z and act behind it, and
+its backward, come from one of: `native` (our GEMM with both in its epilogue; bf16, fp16),
 `cublas` (torch's products, native kernels between), `cublaslt` (its own epilogues) and `triton`.
 """
 
@@ -26,9 +27,9 @@ from torch.autograd.function import once_differentiable
 from cgpt_ext import _native
 from cgpt_ext.dispatch import TABLE, implementation, reference_chosen
 from cgpt_ext.ops._torch import autocast, check_tensors, on_gpu, register, require_tensors
+from cgpt_ext.ops.linear import FEW_ROWS, bias_grad, empty_like, lines, partials, product, rows_of, weight_grad
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
-_PARTIAL_ROWS = 32  # csrc/gelu_mlp.h's kPartialRows
 
 
 def gelu_mlp(
@@ -110,7 +111,7 @@ def _launch_fwd(x, w1, b1, w2, b2, activation, save_pre, chosen):
     way = _way(x, activation, chosen)
     _native.gelu_mlp_check(x, w1, b1, w2, b2, activation)
     with torch.autocast(x.device.type, enabled=False):
-        pre, act = way.linear_fwd(_rows(x), w1, b1, activation, save_pre)
+        pre, act = way.linear_fwd(rows_of(x), w1, b1, activation, save_pre)
         y = way.product(act, w2, b2)
     return y.view(x.shape), pre if save_pre else x.new_empty(0)
 
@@ -120,41 +121,25 @@ def _launch_bwd(dout, x, w1, b1, w2, pre, activation, output_mask, chosen):
     _native.gelu_mlp_check(x, w1, b1, w2, None, activation)
     wants_dx, wants_dw1, wants_db1, wants_dw2, wants_db2 = output_mask
     dx = dw1 = db1 = dw2 = db2 = None
-    x2 = _rows(x)
+    x2 = rows_of(x)
     dout = dout.reshape(x2.shape).contiguous()
     if wants_db2:
-        db2 = dout.new_empty(dout.shape[-1])
-        _native.gelu_mlp_bias_grad(dout, db2, _partials(dout, dout.shape[-1]))
+        db2 = bias_grad(dout)
     with torch.autocast(x.device.type, enabled=False):
         if any(output_mask[:4]):
             db1 = dout.new_empty(w1.shape[0]) if wants_db1 else None
             dpre, act = way.linear_bwd(dout, w2, b1, pre, db1, activation)
         if wants_dw2:
-            dw2 = _weight_grad(way, dout, act, w2)
+            dw2 = weight_grad(way.product, dout, act, w2)
         if wants_dw1:
-            dw1 = _weight_grad(way, dpre, x2, w1)
+            dw1 = weight_grad(way.product, dpre, x2, w1)
         if wants_dx:
             dx = way.product(dpre, w1.t()).view(x.shape)
     return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, dw1, db1, dw2, db2))
 
 
-def _transposed(w: Tensor) -> bool:
-    return not w.is_contiguous() and w.t().is_contiguous()
-
-
-def _weight_grad(way, dout: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """dout^T x, (out, in), in the memory layout of w."""
-    return way.product(x.t(), dout.t()).t() if _transposed(w) else way.product(dout.t(), x.t())
-
-
-def _partials(x: Tensor, columns: int) -> Tensor | None:
-    """Room for the sums over every 32 rows of x, where they are taken in two steps."""
-    rows = (x.shape[0] + _PARTIAL_ROWS - 1) // _PARTIAL_ROWS
-    return x.new_empty(rows, columns, dtype=torch.float32) if on_gpu(x) else None
-
-
 class _Torch:
-    """torch's matrix products, native kernels between them."""
+    """torch's matrix products, native kernels between them: a GPU's."""
 
     @staticmethod
     def product(a, b, bias=None):
@@ -174,8 +159,37 @@ class _Torch:
         """(dpre, act), and db1 where it is a tensor"""
         dact = torch.mm(dout, w2)
         act, dpre = torch.empty_like(dact), torch.empty_like(pre) if activation == "swiglu" else dact
-        partials = None if db1 is None else _partials(pre, pre.shape[1])
-        _native.gelu_mlp_bwd(pre, dact, act, dpre, db1, partials, activation)
+        sums = None if db1 is None else partials(pre, pre.shape[1])
+        _native.gelu_mlp_bwd(pre, dact, act, dpre, db1, sums, activation)
+        return dpre, act
+
+
+class _Cpu(_Torch):
+    """linear's products, GELU in the epilogue of those that it follows."""
+
+    product = staticmethod(product)
+
+    @staticmethod
+    def linear_fwd(x, w1, b1, activation, save_pre):
+        if activation == "swiglu" or x.shape[0] <= FEW_ROWS:
+            pre = product(x, w1, b1)
+            act = _hidden(pre, activation) if save_pre or activation == "swiglu" else pre
+            _native.gelu_mlp_fwd(pre, act, activation)
+            return pre, act
+        pre = x.new_empty(x.shape[0], w1.shape[0]) if save_pre else None
+        act = x.new_empty(x.shape[0], w1.shape[0])
+        _native.gelu_mlp_linear_fwd(x, lines(w1), b1, pre, act, activation, "auto")
+        return pre, act
+
+    @staticmethod
+    def linear_bwd(dout, w2, b1, pre, db1, activation):
+        act = _hidden(pre, activation)
+        if activation == "swiglu" or dout.shape[0] <= FEW_ROWS:
+            dact, dpre = product(dout, w2.t()), torch.empty_like(pre)
+            _native.gelu_mlp_bwd(pre, dact, act, dpre, db1, None, activation)
+            return dpre, act
+        dpre = torch.empty_like(pre)
+        _native.gelu_mlp_linear_bwd(dout, lines(w2), pre, dpre, act, db1, None, activation, "auto")
         return dpre, act
 
 
@@ -185,21 +199,21 @@ class _Gemm:
     @staticmethod
     def product(a, b, bias=None):
         out = a.new_empty(a.shape[0], b.shape[0])
-        _native.gelu_mlp_product(_lines(a), _lines(b), bias, out, "auto")
+        _native.gelu_mlp_product(lines(a), lines(b), bias, out, "auto")
         return out
 
     @staticmethod
     def linear_fwd(x, w1, b1, activation, save_pre):
         pre = x.new_empty(x.shape[0], w1.shape[0]) if save_pre else None
         act = x.new_empty(x.shape[0], _hidden_width(w1.shape[0], activation))
-        _native.gelu_mlp_linear_fwd(x, _lines(w1), b1, pre, act, activation, "auto")
+        _native.gelu_mlp_linear_fwd(x, lines(w1), b1, pre, act, activation, "auto")
         return pre, act
 
     @staticmethod
     def linear_bwd(dout, w2, b1, pre, db1, activation):
         dpre, act = torch.empty_like(pre), _hidden(pre, activation)
-        partials = None if db1 is None else _partials(pre, pre.shape[1])
-        _native.gelu_mlp_linear_bwd(dout, _lines(w2), pre, dpre, act, db1, partials, activation, "auto")
+        sums = None if db1 is None else partials(pre, pre.shape[1])
+        _native.gelu_mlp_linear_bwd(dout, lines(w2), pre, dpre, act, db1, sums, activation, "auto")
         return dpre, act
 
 
@@ -210,7 +224,7 @@ class _CublasLt(_Torch):
     def linear_fwd(x, w1, b1, activation, save_pre):
         pre = x.new_empty(x.shape[0], w1.shape[0]) if save_pre else None
         act = x.new_empty(x.shape[0], w1.shape[0])
-        _native.gelu_mlp_cublaslt_fwd(x, _lines(w1), b1, pre, act, _workspace(x), _cublaslt_library())
+        _native.gelu_mlp_cublaslt_fwd(x, lines(w1), b1, pre, act, _workspace(x), _cublaslt_library())
         return pre, act
 
     @staticmethod
@@ -218,7 +232,7 @@ class _CublasLt(_Torch):
         if pre.shape[0] == 0:
             return _Torch.linear_bwd(dout, w2, b1, pre, db1, activation)
         dpre, act = torch.empty_like(pre), torch.empty_like(pre)
-        _native.gelu_mlp_cublaslt_bwd(dout, _lines(w2), pre, dpre, db1, _workspace(pre), _cublaslt_library())
+        _native.gelu_mlp_cublaslt_bwd(dout, lines(w2), pre, dpre, db1, _workspace(pre), _cublaslt_library())
         _native.gelu_mlp_fwd(pre, act, activation)
         return dpre, act
 
@@ -257,7 +271,7 @@ def _way(x: Tensor, activation: str, chosen: str):
     if activation not in _SERVES.get(name, ACTIVATIONS):
         raise ValueError(f"gelu_mlp: activation must be {' or '.join(_SERVES[name])} for {name}, got {activation}")
     if not on_gpu(x) and name == "native":
-        return _Torch
+        return _Cpu
     if not on_gpu(x) and name != "triton":
         raise ValueError(f"gelu_mlp: tensors must be on cuda for {name}, got {device}")
     return _WAYS[name]
@@ -270,18 +284,6 @@ def _hidden_width(width: int, activation: str) -> int:
 def _hidden(pre: Tensor, activation: str) -> Tensor:
     """An act for pre."""
     return pre.new_empty(pre.shape[0], _hidden_width(pre.shape[1], activation))
-
-
-def _lines(w: Tensor) -> Tensor:
-    """w itself where its rows or its columns are contiguous, a copy where neither are: torch's products do the same."""
-    rows, cols = w.stride()
-    return w if (cols == 1 and rows >= w.shape[1]) or (rows == 1 and cols >= w.shape[0]) else w.contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x (..., D) as (rows, D) with contiguous rows."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def _workspace(x: Tensor) -> Tensor:
@@ -302,11 +304,8 @@ def _fake_fwd(x, w1, b1, w2, b2, activation, save_pre, chosen):
 
 
 def _fake_bwd(dout, x, w1, b1, w2, pre, activation, output_mask, chosen):
-    def like(w):
-        return w.new_empty(w.shape[1], w.shape[0]).t() if _transposed(w) else w.new_empty(w.shape)
-
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grads = (dx, like(w1), w1.new_empty(w1.shape[0]), like(w2), w2.new_empty(w2.shape[0]))
+    grads = (dx, empty_like(w1), w1.new_empty(w1.shape[0]), empty_like(w2), w2.new_empty(w2.shape[0]))
     return tuple(grad if wanted else x.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
 
 

@@ -1,49 +1,40 @@
-// What both directions of attention are made of: this thread's scratch, packing, and the product of a block of queries
-// with a block of keys.
+// What both directions of attention are made of: packing, and the product of a block of queries with a block of keys.
 //
-// Operands are widened to fp32 once per head into scratch, keys (and in the backward pass values) also transposed,
-// since a product's lanes run along keys. A block's arithmetic depends on its place alone, never on how blocks are
-// shared out, so the bits do not depend on the thread count.
+// Operands are brought into scratch once per head as a product's elements: widened to fp32, or paired along what the
+// product sums over. Keys (and in the backward pass values) are also transposed, since a product's lanes run along
+// keys. A block's arithmetic depends on its place alone, never on how blocks are shared out, so the bits do not depend
+// on the thread count.
 #pragma once
 
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "../attention.h"
 #include "gemm.h"
+#include "scratch.h"
 #include "vec.h"
 
 namespace cgpt::CGPT_ISA {
 
-// A block of 64 keys, transposed, is 16 KiB at head dim 64: half a first-level cache. Queries are a multiple of every
-// kTileRows and W. Measured on Zen 4, 48 to 192 queries and 64 or 128 keys lie within 5 % of each other.
-inline constexpr int64_t kKeys = 64, kQueries = 96;
+// A block of queries, a multiple of every kTileRows and W, 48 to 192 of which lie within 5 % of each other (Zen 4). A
+// block of keys, kKeys below, is each direction's own.
+inline constexpr int64_t kQueries = 96;
+// Up to so many queries, as where text is generated, the forward pass does not pack keys (measured on Zen 4), and both
+// directions are all fp32: rounded weights show most in short sums.
+inline constexpr int64_t kFew = 4;
 inline constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// Pieces of this thread's scratch, each a multiple of a cache line here. It lives as long as the thread: fresh memory
-// costs a page fault every 4 KiB.
-class Scratch {
-  public:
-    explicit Scratch(int64_t floats) {
-        static thread_local std::vector<float> memory;
-        if (static_cast<int64_t>(memory.size()) < floats + kLine) memory = {}, memory.resize(floats + kLine);
-        const auto address = reinterpret_cast<uintptr_t>(memory.data());
-        next_ = memory.data() + (kLine * 4 - address % (kLine * 4)) % (kLine * 4) / 4;
-    }
-    float* take(int64_t floats) {
-        float* p = next_;
-        next_ += floats;
-        return p;
-    }
-
-  private:
-    static constexpr int64_t kLine = 16;  // floats in a cache line
-    float* next_;
-};
+// Floats, or twice as many bf16, that whole vectors hold, and whole tiles along k.
+inline int64_t padded(int64_t n) {
+    constexpr int64_t step = std::max<int64_t>(W, 2 * kTileDepth<Element<bf16>>);
+    return blocks_of(n, step) * step;
+}
+// Elements that a sum over D reads.
+template <class E>
+int64_t depth_of(int64_t D) {
+    return blocks_of(D / kHeld<E>, kTileDepth<E>) * kTileDepth<E>;
+}
 
 // One sequence of the batch, as a batch of its own: what the kernels below work on.
 struct Sequence {
@@ -91,10 +82,39 @@ void narrow_rows(const float* from, int64_t ld, int64_t rows, int64_t D, float s
         for_lanes(D, [&](int64_t i, auto n) { put(to + r * stride + i, load(from + r * ld + i) * scale, n); });
 }
 
-// (kKeys, D) to (D, kKeys), four by four.
-inline void transpose(const float* from, int64_t ld, int64_t D, float* to) {
+// Rows of one head as elements of sums over D, each `ld` long, zeros up to what the sum reads.
+template <class T>
+void rows_along(const T* from, int64_t stride, int64_t rows, int64_t D, float* to, int64_t ld) {
+    widen_rows(from, stride, rows, D, to, ld);
+}
+inline void rows_along(const bf16* from, int64_t stride, int64_t rows, int64_t D, bf16x2* to, int64_t ld) {
+    for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(to + r * ld, from + r * stride, D * sizeof(bf16));
+        std::fill(to + r * ld + D / 2, to + r * ld + depth_of<bf16x2>(D), bf16x2{});
+    }
+}
+
+// Rows as elements of sums over the rows themselves: (kKeys / kHeld, ld), zeros beyond `rows`.
+template <int64_t kKeys, class T, class E>
+void rows_across(const T* from, int64_t stride, int64_t rows, int64_t D, E* to, int64_t ld) {
+    constexpr int64_t held = kHeld<E>;
+    for (int64_t r = 0; r < rows; r += held) {
+        for_lanes(D, [&](int64_t i, auto n) {
+            vf x[held];
+            for (int64_t j = 0; j < held; ++j) x[j] = r + j < rows ? get(from + (r + j) * stride + i, n) : vf{};
+            store_across(to + r / held * ld + i, x);
+        });
+    }
+    std::fill(to + blocks_of(rows, held) * ld, to + kKeys / held * ld, E{});
+}
+
+// (kKeys, n) to (n, kKeys), four by four.
+template <int64_t kKeys, class E>
+void transpose(const E* source, int64_t ld, int64_t n, E* target) {
+    const float* from = reinterpret_cast<const float*>(source);
+    float* to = reinterpret_cast<float*>(target);
     for (int64_t r = 0; r < kKeys; r += 4) {
-        for (int64_t d = 0; d < D; d += 4) {
+        for (int64_t d = 0; d < n; d += 4) {
             const float* x = from + r * ld + d;
             float* y = to + d * kKeys + r;
 #if defined(__x86_64__)
@@ -113,20 +133,24 @@ inline void transpose(const float* from, int64_t ld, int64_t D, float* to) {
     }
 }
 
-// A block of keys or values to fp32, as rows and, where `turned` is given, as columns too; zeros beyond `rows`.
-template <class T>
-void pack(const T* from, int64_t stride, int64_t rows, int64_t D, float* to, float* turned) {
-    const int64_t ld = padded(D);
-    widen_rows(from, stride, rows, D, to, ld);
-    std::fill(to + rows * ld, to + kKeys * ld, 0.0f);
-    if (turned) transpose(to, ld, D, turned);
+// A block of keys or values as elements of sums over D, as rows and as columns too; zeros beyond `rows`.
+template <int64_t kKeys, class T, class E>
+void pack(const T* from, int64_t stride, int64_t rows, int64_t D, E* to, E* turned) {
+    const int64_t ld = padded(D) / kHeld<E>;
+    rows_along(from, stride, rows, D, to, ld);
+    std::fill(to + rows * ld, to + kKeys * ld, E{});
+    transpose<kKeys>(to, ld, depth_of<E>(D), turned);
 }
 
 // e^x for what softmax asks of it, x <= 0 give or take a rounding: nothing overflows, so half of vec.h's work is saved.
 // The same polynomial; -inf and all below e^-86 give 0, NaN stays.
 CGPT_INLINE vf exp_below(vf x) {
     const vf shift = splat(0x1.8p23f);
+#if defined(__AVX512F__)
+    const vf y = x;  // what lies below is masked in the end, whatever it has become
+#else
     const vf y = x < -86.0f ? splat(-86.0f) : x;
+#endif
     const vf n = madd(y, splat(0x1.715476p+0f), shift);  // the integer sits in the low mantissa bits
     vf r = madd(n - shift, splat(-0x1.62e400p-1f), y);
     r = madd(n - shift, splat(-0x1.7f7d1cp-20f), r);
@@ -137,8 +161,13 @@ CGPT_INLINE vf exp_below(vf x) {
     p = madd(p, r, splat(0.5f));
     p = madd(p, r, splat(1.0f));
     p = madd(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+    const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-86.0f), _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)(n - shift));
+#else
     p *= as_float((as_int(n) + 127) << 23);
     return x < -86.0f ? vf{} : p;
+#endif
 }
 
 // Query i sees keys [first_key, end_key), key j is seen by queries [first_query, end_query).
@@ -156,16 +185,19 @@ inline int64_t end_query(const AttentionShape& s, int64_t j) {
 }
 
 // Of the block of keys that starts at `key`, query i sees columns [hidden, visible).
-inline int64_t hidden(const AttentionShape& s, int64_t i, int64_t key) {
+template <int64_t kKeys>
+int64_t hidden(const AttentionShape& s, int64_t i, int64_t key) {
     return std::clamp<int64_t>(first_key(s, i) - key, 0, kKeys);
 }
-inline int64_t visible(const AttentionShape& s, int64_t i, int64_t key) {
+template <int64_t kKeys>
+int64_t visible(const AttentionShape& s, int64_t i, int64_t key) {
     return std::clamp<int64_t>(end_key(s, i) - key, 0, kKeys);
 }
 
 // Whether any of the queries sees any key of the block.
-inline bool meet(const AttentionShape& s, int64_t query, int64_t rows, int64_t key) {
-    return hidden(s, query, key) < visible(s, query + rows - 1, key);
+template <int64_t kKeys>
+bool meet(const AttentionShape& s, int64_t query, int64_t rows, int64_t key) {
+    return hidden<kKeys>(s, query, key) < visible<kKeys>(s, query + rows - 1, key);
 }
 
 // Query i's scores of a block of keys, of which it sees no more than `seen`, with their distance's part.
@@ -181,12 +213,13 @@ inline void add_alibi(const AttentionShape& s, float slope, int64_t i, int64_t k
 
 // C (rows, kKeys) = scale * A B: queries (rows, ld) against transposed keys, or dout against transposed values. Only
 // the columns that a group of rows sees are computed, up to whole vectors.
-inline void product(const AttentionShape& s, int64_t query, int64_t rows, int64_t key, const float* a, const float* b,
-                    float scale, float* c) {
+template <int64_t kKeys, class E>
+void product(const AttentionShape& s, int64_t query, int64_t rows, int64_t key, const E* a, const E* b, float scale,
+             float* c) {
     const vf factor = splat(scale);
     gemm<A::rows>(
-        rows, kKeys, a, padded(s.D), b, kKeys,
-        [&](int64_t, int64_t last) { return Extent{visible(s, query + last - 1, key), 0, s.D}; },
+        rows, kKeys, a, padded(s.D) / kHeld<E>, b, kKeys,
+        [&](int64_t, int64_t last) { return Extent{visible<kKeys>(s, query + last - 1, key), 0, s.D / kHeld<E>}; },
         [](int64_t, int64_t) { return vf{}; },
         [&](int64_t r, int64_t i, vf x) { store(c + r * kKeys + i, x * factor); });
 }

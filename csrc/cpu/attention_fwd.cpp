@@ -8,13 +8,14 @@
 #include <cmath>
 
 #include "attention_blocks.h"
+#include "attention_tasks.h"
 #include "threads.h"
 
 namespace cgpt::CGPT_ISA {
 namespace {
 
-// Up to so many queries, as where text is generated, keys are not packed. Measured on Zen 4.
-constexpr int64_t kFew = 4;
+// In bf16 64 keys are 3 to 6 % slower, in fp32 up to 3 % (Zen 4): each block scales the output once more.
+constexpr int64_t kKeys = 128;
 
 // A block of queries as its keys go by: running maximum, sum of exponentials by lane, unnormalised output.
 struct Running {
@@ -22,14 +23,17 @@ struct Running {
     float *sum, *out;           // (kQueries, W), (kQueries, padded D)
 };
 
-// Scores of a block of keys, p (rows, kKeys), to their exponentials, and the running maximum and sum with them.
+// Scores of a block of keys, p (rows, kKeys), to their exponentials, and the running maximum and sum with them. The
+// exponentials are left as elements of sums over keys, rows still kKeys apart. Where those are rounded the sum is not:
+// lse keeps fp32's accuracy, and the output gains next to nothing by a rounded sum.
+template <class E>
 void weigh(const AttentionShape& s, float slope, int64_t query, int64_t rows, int64_t key, float* p,
            const Running& run) {
     for (int64_t r = 0; r < rows; ++r) {
         float* row = p + r * kKeys;
-        const int64_t seen = visible(s, query + r, key);
+        const int64_t seen = visible<kKeys>(s, query + r, key);
         if (slope != 0.0f) add_alibi(s, slope, query + r, key, seen, row);
-        std::fill(row, row + hidden(s, query + r, key), kNone);
+        std::fill(row, row + hidden<kKeys>(s, query + r, key), kNone);
         std::fill(row + seen, row + kKeys, kNone);
         vf high = load(row);
         for (int64_t c = W; c < kKeys; c += W) high = max(high, load(row + c));
@@ -44,24 +48,29 @@ void weigh(const AttentionShape& s, float slope, int64_t query, int64_t rows, in
     for (int64_t r = 0; r < rows; ++r) {
         float* row = p + r * kKeys;
         vf sum{};
-        for (int64_t c = 0; c < kKeys; c += W) {
-            const vf e = exp_below(load(row + c) - run.from[r]);
-            store(row + c, e);
-            sum += e;
+        for (int64_t c = 0; c < kKeys; c += W * kHeld<E>) {
+            vf e[kHeld<E>];
+            for (int64_t i = 0; i < kHeld<E>; ++i) {
+                e[i] = exp_below(load(row + c + i * W) - run.from[r]);
+                sum += e[i];
+            }
+            store_along(reinterpret_cast<E*>(row) + c / kHeld<E>, e);
         }
         store(run.sum + r * W, madd(load(run.sum + r * W), splat(run.grown[r]), sum));
     }
 }
 
-void absorb(const AttentionShape& s, float slope, int64_t query, int64_t rows, int64_t key, const float* q,
-            const float* kt, const float* v, float* p, const Running& run) {
+template <class E>
+void absorb(const AttentionShape& s, float slope, int64_t query, int64_t rows, int64_t key, const E* q, const E* kt,
+            const E* v, float* p, const Running& run) {
     const int64_t ld = padded(s.D);
-    product(s, query, rows, key, q, kt, s.scale, p);
-    weigh(s, slope, query, rows, key, p, run);
+    product<kKeys>(s, query, rows, key, q, kt, s.scale, p);
+    weigh<E>(s, slope, query, rows, key, p, run);
     gemm<A::rows>(
-        rows, s.D, p, kKeys, v, ld,
+        rows, s.D, reinterpret_cast<const E*>(p), kKeys, v, ld,
         [&](int64_t first, int64_t last) {
-            return Extent{s.D, hidden(s, query + first, key), visible(s, query + last - 1, key)};
+            return Extent{s.D, hidden<kKeys>(s, query + first, key) / kHeld<E>,
+                          blocks_of(visible<kKeys>(s, query + last - 1, key), kHeld<E>)};
         },
         [&](int64_t r, int64_t c) { return load(run.out + r * ld + c) * run.grown[r]; },
         [&](int64_t r, int64_t c, vf x) { store(run.out + r * ld + c, x); });
@@ -73,17 +82,17 @@ void absorb_few(const AttentionShape& s, float slope, int64_t query, int64_t row
                 const T* k, int64_t k_stride, const T* v, int64_t v_stride, float* p, const Running& run) {
     const int64_t ld = padded(s.D);
     for (int64_t r = 0; r < rows; ++r) {
-        const int64_t seen = visible(s, query + r, key);
-        for (int64_t j = hidden(s, query + r, key); j < seen; ++j) {
+        const int64_t seen = visible<kKeys>(s, query + r, key);
+        for (int64_t j = hidden<kKeys>(s, query + r, key); j < seen; ++j) {
             vf sum{};
             for_lanes(s.D,
                       [&](int64_t i, auto n) { sum = madd(load(q + r * ld + i), get(k + j * k_stride + i, n), sum); });
             p[r * kKeys + j] = hsum(sum) * s.scale;
         }
     }
-    weigh(s, slope, query, rows, key, p, run);
+    weigh<float>(s, slope, query, rows, key, p, run);
     for (int64_t r = 0; r < rows; ++r) {
-        const int64_t first = hidden(s, query + r, key), seen = visible(s, query + r, key);
+        const int64_t first = hidden<kKeys>(s, query + r, key), seen = visible<kKeys>(s, query + r, key);
         const float* weight = p + r * kKeys;
         for_lanes(s.D, [&](int64_t i, auto n) {
             vf even = load(run.out + r * ld + i) * run.grown[r], odd{};  // two chains of additions
@@ -107,30 +116,37 @@ void forward(const AttentionFwdArgs& a, const Sequence& of, int64_t h, int64_t b
     const int64_t keys = end_key(s, std::min(s.Tq, end * kQueries) - 1), key_blocks = blocks_of(keys - start, kKeys);
     const bool few = s.Tq <= kFew;
     const int64_t packed = few ? 0 : key_blocks;
-    Scratch scratch(packed * kKeys * (D + ld) + kQueries * (2 * ld + kKeys + W + 3) + kKeys * ld);
-    float *kt = scratch.take(packed * kKeys * D), *v = scratch.take(packed * kKeys * ld);
-    float *q = scratch.take(kQueries * ld), *p = scratch.take(kQueries * kKeys), *rows_of_k = scratch.take(kKeys * ld);
+    using E = Element<T>;
+    const Tiles<E> tiles;
+    const int64_t k_size = kKeys * depth_of<E>(D), v_size = kKeys * ld / kHeld<E>;
+    Scratch scratch(packed * (k_size + v_size) + kQueries * (2 * ld + kKeys + W + 3) + kKeys * ld);
+    E *kt = scratch.take<E>(packed * k_size), *v = scratch.take<E>(packed * v_size);
+    E *q = scratch.take<E>(kQueries * ld), *rows_of_k = scratch.take<E>(kKeys * ld);
+    float *p = scratch.take(kQueries * kKeys), *few_q = reinterpret_cast<float*>(q);
     const Running run = {scratch.take(kQueries), scratch.take(kQueries), scratch.take(kQueries),
                          scratch.take(kQueries * W), scratch.take(kQueries * ld)};
     for (int64_t j = 0; j < packed; ++j) {
         const int64_t key = start + j * kKeys, n = std::min(kKeys, keys - key);
-        pack(key_row<const T>(a.k, of, key, hkv), a.k.time, n, D, rows_of_k, kt + j * kKeys * D);
-        pack(key_row<const T>(a.v, of, key, hkv), a.v.time, n, D, v + j * kKeys * ld, nullptr);
+        pack<kKeys>(key_row<const T>(a.k, of, key, hkv), a.k.time, n, D, rows_of_k, kt + j * k_size);
+        rows_across<kKeys>(key_row<const T>(a.v, of, key, hkv), a.v.time, n, D, v + j * v_size, ld);
     }
     for (int64_t i = begin; i < end; ++i) {
         const int64_t query = i * kQueries, rows = std::min(kQueries, s.Tq - query);
-        widen_rows(query_row<const T>(a.q, of, query, h), a.q.time, rows, D, q, ld);
+        if (few)
+            widen_rows(query_row<const T>(a.q, of, query, h), a.q.time, rows, D, few_q, ld);
+        else
+            rows_along(query_row<const T>(a.q, of, query, h), a.q.time, rows, D, q, ld / kHeld<E>);
         std::fill(run.top, run.top + rows, kNone);
         std::fill(run.sum, run.sum + rows * W, 0.0f);
         std::fill(run.out, run.out + rows * ld, 0.0f);
         for (int64_t j = 0; j < key_blocks; ++j) {
             const int64_t key = start + j * kKeys;
-            if (!meet(s, query, rows, key)) continue;
+            if (!meet<kKeys>(s, query, rows, key)) continue;
             if (few)
-                absorb_few(s, of.slope(h), query, rows, key, q, key_row<const T>(a.k, of, key, hkv), a.k.time,
+                absorb_few(s, of.slope(h), query, rows, key, few_q, key_row<const T>(a.k, of, key, hkv), a.k.time,
                            key_row<const T>(a.v, of, key, hkv), a.v.time, p, run);
             else
-                absorb(s, of.slope(h), query, rows, key, q, kt + j * kKeys * D, v + j * kKeys * ld, p, run);
+                absorb(s, of.slope(h), query, rows, key, q, kt + j * k_size, v + j * v_size, p, run);
         }
         for (int64_t r = 0; r < rows; ++r) {
             const float sum = hsum(load(run.sum + r * W));
@@ -148,14 +164,23 @@ void attention_fwd(const AttentionFwdArgs& a) {
     const int64_t longest = blocks_of(s.Tq, kQueries), heads = s.B * s.H;
     if (heads == 0 || longest == 0) return;
     // A head is one task where heads keep the threads busy; otherwise it is cut, and each piece packs its keys again.
-    const int64_t pieces = std::clamp<int64_t>(blocks_of(3 * num_threads(), heads), 1, longest);
+    const int64_t pieces = std::clamp<int64_t>(blocks_of(kTasks * num_threads(), heads), 1, longest);
+    struct Task {
+        int64_t head, begin, end;
+    };
+    Tasks<Task> tasks;
+    for (int64_t head = 0; head < heads; ++head) {
+        const Sequence of = sequence(s, head / s.H);
+        const int64_t blocks = blocks_of(of.shape.Tq, kQueries);
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            const Task task = {head, blocks * piece / pieces, blocks * (piece + 1) / pieces};
+            tasks.add(task, block_pairs<kKeys>(of.shape, task.begin, task.end, 0, blocks_of(of.shape.Tk, kKeys)));
+        }
+    }
     CGPT_WITH_FLOAT_TYPE(s.dtype, T, {
-        parallel_for(heads * pieces, [&](int64_t task) {
-            const int64_t head = task % heads, piece = pieces - 1 - task / heads;  // the longest rows first
-            const Sequence of = sequence(s, head / s.H);
-            const int64_t blocks = blocks_of(of.shape.Tq, kQueries);
-            const int64_t begin = blocks * piece / pieces, end = blocks * (piece + 1) / pieces;
-            if (begin < end) forward<T>(a, of, head % s.H, begin, end);
+        tasks.run([&](const Task& task) {
+            if (task.begin < task.end)
+                forward<T>(a, sequence(s, task.head / s.H), task.head % s.H, task.begin, task.end);
         });
     })
 }

@@ -96,17 +96,6 @@ void rows(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
     }
 }
 
-template <class A, class O>
-void add(const CrossEntropyAddArgs& args) {
-    const A* a = static_cast<const A*>(args.a);
-    const bf16* b = static_cast<const bf16*>(args.b);
-    O* out = static_cast<O*>(args.out);
-    parallel_ranges(args.n, 1 << 16, [&](int64_t begin, int64_t end) {
-        for_lanes(end - begin,
-                  [&](int64_t i, auto n) { put(out + begin + i, get(a + begin + i, n) + get(b + begin + i, n), n); });
-    });
-}
-
 }  // namespace
 
 void cross_entropy_rows(const CrossEntropyArgs& a) {
@@ -117,13 +106,6 @@ void cross_entropy_rows(const CrossEntropyArgs& a) {
         else
             rows<float>(a, begin, end);
     });
-}
-
-void cross_entropy_add(const CrossEntropyAddArgs& args) {
-    if (args.a_dtype == DType::bf16)
-        args.out_dtype == DType::bf16 ? add<bf16, bf16>(args) : add<bf16, float>(args);
-    else
-        args.out_dtype == DType::bf16 ? add<float, bf16>(args) : add<float, float>(args);
 }
 
 }  // namespace cgpt::CGPT_ISA

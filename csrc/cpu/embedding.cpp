@@ -100,14 +100,14 @@ void backward(const EmbeddingBwdArgs& a, int64_t grain) {
 }  // namespace
 
 void embedding_fwd(const EmbeddingFwdArgs& a) {
-    const int64_t grain = std::max<int64_t>(1, 32768 / a.cols);
+    const int64_t grain = std::max<int64_t>(1, 12288 / a.cols);
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
         parallel_ranges(a.tokens, grain, [&](int64_t begin, int64_t end) { forward_rows<T>(a, begin, end); });
     })
 }
 
 void embedding_bwd(const EmbeddingBwdArgs& a) {
-    const int64_t grain = std::max<int64_t>(1, 32768 / a.cols);
+    const int64_t grain = std::max<int64_t>(1, 12288 / a.cols);
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, { backward<T>(a, grain); })
 }
 

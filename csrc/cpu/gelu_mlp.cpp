@@ -20,6 +20,7 @@
 #include <memory>
 
 #include "math.h"
+#include "matmul.h"
 #include "threads.h"
 #include "vec.h"
 
@@ -105,6 +106,16 @@ void with_activation(Activation activation, F&& f) {
         f(std::integral_constant<Activation, Activation::swiglu>{});
 }
 
+// The sum of `blocks` partial sums, in order, to `out` (cols,).
+template <class T>
+void add_blocks(const float* partials, int64_t blocks, int64_t cols, T* out) {
+    for_lanes(cols, [&](int64_t i, auto n) {
+        vf sum{};
+        for (int64_t b = 0; b < blocks; ++b) sum += get(partials + b * cols + i, n);
+        put(out + i, sum, n);
+    });
+}
+
 // Calls sum_rows(begin, end, partial) for every block of rows and writes the sum of the partials to `out` (cols,).
 template <class T, class F>
 void sum_blocks(int64_t rows, int64_t cols, T* out, const F& sum_rows) {
@@ -113,12 +124,7 @@ void sum_blocks(int64_t rows, int64_t cols, T* out, const F& sum_rows) {
     const std::unique_ptr<float[]> partials(new float[blocks * cols]);
     parallel_for(blocks,
                  [&](int64_t b) { sum_rows(b * grain, std::min(rows, (b + 1) * grain), partials.get() + b * cols); });
-    if (!out) return;
-    for_lanes(cols, [&](int64_t i, auto n) {
-        vf sum{};
-        for (int64_t b = 0; b < blocks; ++b) sum += get(partials.get() + b * cols + i, n);
-        put(out + i, sum, n);
-    });
+    if (out) add_blocks(partials.get(), blocks, cols, out);
 }
 
 // One row a pass: four at once cost 2.3 times as much on rows that are not in cache yet (2048 x 768 bf16, Zen 4).
@@ -131,6 +137,38 @@ void bias_grad(const GeluMlpBiasGradArgs& a) {
             for_lanes(a.cols, [&](int64_t i, auto n) { put(partial + i, get(partial + i, n) + get(dout + i, n), n); });
         }
     });
+}
+
+// One tile of x w1^T to pre and act.
+template <class T, Activation kActivation>
+void forward_tile(const GeluMlpLinearFwdArgs& a, const float* tile, int64_t ld, int64_t row, int64_t column,
+                  int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = (row + r) * a.n + column;
+        for_lanes(columns, [&](int64_t c, auto n) {
+            vf z = get(tile + r * ld + c, n);
+            if (a.b1) z += get(static_cast<const T*>(a.b1) + column + c, n);
+            if (a.pre) put(static_cast<T*>(a.pre) + at + c, z, n);
+            put(static_cast<T*>(a.act) + at + c, z * activate<kActivation>(z).share, n);
+        });
+    }
+}
+
+// One tile of dout w2 to dpre and act, and dpre's sum over these rows onto `partial` (n,), if there is one.
+template <class T, Activation kActivation>
+void backward_tile(const GeluMlpLinearBwdArgs& a, const float* tile, int64_t ld, int64_t row, int64_t column,
+                   int64_t rows, int64_t columns, float* partial) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = (row + r) * a.n + column;
+        for_lanes(columns, [&](int64_t c, auto n) {
+            const vf z = get(static_cast<const T*>(a.pre) + at + c, n);
+            const Activated f = activate<kActivation>(z);
+            const vf d = get(tile + r * ld + c, n) * f.slope;
+            if (a.act) put(static_cast<T*>(a.act) + at + c, z * f.share, n);
+            put(static_cast<T*>(a.dpre) + at + c, d, n);
+            if (partial) put(partial + column + c, get(partial + column + c, n) + d, n);
+        });
+    }
 }
 
 }  // namespace
@@ -158,6 +196,41 @@ void gelu_mlp_bwd(const GeluMlpBwdArgs& a) {
 
 void gelu_mlp_bias_grad(const GeluMlpBiasGradArgs& a) {
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, { bias_grad<T>(a); })
+}
+
+void gelu_mlp_linear_fwd(const GeluMlpLinearFwdArgs& a) {
+    CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
+        const auto tile = a.activation == Activation::gelu ? forward_tile<T, Activation::gelu>
+                                                           : forward_tile<T, Activation::gelu_tanh>;
+        matmul(
+            lines_of<T>(a.x), lines_of<T>(a.w1), a.m, a.n, a.k, [&](auto... at) { tile(a, at...); },
+            [&](auto... at) {
+                if (a.pre) fetch<1>(static_cast<T*>(a.pre), a.n, at...);
+                fetch<1>(static_cast<T*>(a.act), a.n, at...);
+            });
+    })
+}
+
+void gelu_mlp_linear_bwd(const GeluMlpLinearBwdArgs& a) {
+    CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
+        const auto tile = a.activation == Activation::gelu ? backward_tile<T, Activation::gelu>
+                                                           : backward_tile<T, Activation::gelu_tanh>;
+        const int64_t height = block_rows<T>(a.m, a.k), blocks = (a.m + height - 1) / height;
+        const std::unique_ptr<float[]> partials(a.db1 ? new float[blocks * a.n]() : nullptr);
+        const Lines<T> w2 = lines_of<T>(a.w2);  // (k, n), where the product wants (n, k)
+        matmul(
+            lines_of<T>(a.dout), Lines<T>{w2.data, w2.stride, !w2.along}, a.m, a.n, a.k,
+            [&](const float* x, int64_t ld, int64_t row, int64_t column, int64_t rows, int64_t columns) {
+                float* partial = a.db1 ? partials.get() + row / height * a.n : nullptr;
+                tile(a, x, ld, row, column, rows, columns, partial);
+            },
+            [&](auto... at) {
+                fetch<0>(static_cast<const T*>(a.pre), a.n, at...);
+                fetch<1>(static_cast<T*>(a.dpre), a.n, at...);
+                if (a.act) fetch<1>(static_cast<T*>(a.act), a.n, at...);
+            });
+        if (a.db1) add_blocks(partials.get(), blocks, a.n, static_cast<T*>(a.db1));
+    })
 }
 
 }  // namespace cgpt::CGPT_ISA

@@ -1,10 +1,34 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 
 namespace cgpt {
 namespace {
+
+#if defined(__x86_64__)
+// Whether this process may use AMX's tiles on bf16: the processor has them (CPUID), the system keeps their state when
+// it switches threads (XCR0) and has granted them to us, which Linux does on request, once for all threads. gcc 12's
+// __builtin_cpu_supports has no word for any of it.
+bool tiles_granted() {
+    unsigned a, b, c, d;
+    constexpr unsigned kXsaveOn = 1u << 27, kBf16 = 1u << 22, kTile = 1u << 24;  // leaf 1, ecx; leaf 7, edx
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kXsaveOn)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+    constexpr unsigned kStates = 3u << 17;  // a tile's shape and its data
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & kStates) != kStates) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 struct Candidate {
     const char* name;
@@ -20,6 +44,9 @@ std::vector<Candidate> candidates() {
     all.push_back({"avx512", Isa::avx512,
                    all.back().runs && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
+    all.push_back({"avx512bf16", Isa::avx512bf16, all.back().runs && __builtin_cpu_supports("avx512bf16")});
+    static const bool tiles = tiles_granted();
+    all.push_back({"amx", Isa::amx, all.back().runs && tiles});
 #endif
     return all;
 }

@@ -8,7 +8,7 @@
 
 namespace cgpt {
 
-enum class Isa { scalar, avx2, avx512 };
+enum class Isa { scalar, avx2, avx512, avx512bf16, amx };
 
 Isa cpu_isa();  // the best this machine has, or the one chosen by name
 std::string cpu_isa_name();
@@ -29,9 +29,19 @@ void set_cpu_isa(const std::string& name);  // std::invalid_argument names what 
     namespace cgpt::avx512 {                   \
     void name(const Args&);                    \
     }                                          \
+    namespace cgpt::avx512bf16 {               \
+    void name(const Args&);                    \
+    }                                          \
+    namespace cgpt::amx {                      \
+    void name(const Args&);                    \
+    }                                          \
     namespace cgpt {                           \
     inline void name##_cpu(const Args& args) { \
         switch (cpu_isa()) {                   \
+            case Isa::amx:                     \
+                return amx::name(args);        \
+            case Isa::avx512bf16:              \
+                return avx512bf16::name(args); \
             case Isa::avx512:                  \
                 return avx512::name(args);     \
             case Isa::avx2:                    \

@@ -192,7 +192,7 @@ void sum_blocks(const float* first, int64_t blocks, int64_t stride, P* to, int64
 }  // namespace
 
 void layer_norm_fwd(const LayerNormFwdArgs& a) {
-    const int64_t grain = std::max<int64_t>(1, 16384 / a.cols);
+    const int64_t grain = std::max<int64_t>(1, 12288 / a.cols);
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
         const std::vector<float> weight = in_fp32<T>(a.weight, a.weight_dtype, a.cols);
         const std::vector<float> bias = in_fp32<T>(a.bias, a.weight_dtype, a.cols);

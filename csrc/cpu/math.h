@@ -30,7 +30,8 @@ CGPT_INLINE vf exp_decay(vf x, vf rest) {
     p = madd(p, r, splat(0.5f));
     p = madd(p, r, splat(1.0f));
     p = madd(p, r, splat(1.0f));
-    return as_float(as_int(p) + (as_int(shifted) << 23));  // times 2^n
+    // Times 2^n, unsigned: outside that range the sum wraps.
+    return as_float(reinterpret_cast<vu>(p) + (reinterpret_cast<vu>(shifted) << 23));
 }
 
 struct Normal {

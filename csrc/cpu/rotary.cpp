@@ -61,7 +61,7 @@ void rotate_tokens(const RotaryArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void rotary(const RotaryArgs& a) {
-    const int64_t grain = std::max<int64_t>(1, 32768 / (a.heads * a.dim));
+    const int64_t grain = std::max<int64_t>(1, 12288 / (a.heads * a.dim));
     CGPT_WITH_FLOAT_TYPE(a.dtype, T, {
         parallel_ranges(a.batch * a.time, grain, [&](int64_t begin, int64_t end) { rotate_tokens<T>(a, begin, end); });
     })

@@ -9,7 +9,12 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
 
 namespace cgpt {
 namespace {
@@ -21,6 +26,7 @@ struct OpenMP {
     void (*parallel)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
     int (*max_threads)();
     int (*in_parallel)();
+    int (*team)();
     void (*set_threads)(int);
 };
 
@@ -29,25 +35,54 @@ const OpenMP& openmp() {
         reinterpret_cast<decltype(OpenMP::parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel")),
         reinterpret_cast<decltype(OpenMP::max_threads)>(dlsym(RTLD_DEFAULT, "omp_get_max_threads")),
         reinterpret_cast<decltype(OpenMP::in_parallel)>(dlsym(RTLD_DEFAULT, "omp_in_parallel")),
+        reinterpret_cast<decltype(OpenMP::team)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads")),
         reinterpret_cast<decltype(OpenMP::set_threads)>(dlsym(RTLD_DEFAULT, "omp_set_num_threads")),
     };
     return found;
 }
 
-bool have_openmp() { return openmp().parallel && openmp().max_threads && openmp().in_parallel && openmp().set_threads; }
+bool have_openmp() {
+    const OpenMP& all = openmp();
+    return all.parallel && all.max_threads && all.in_parallel && all.team && all.set_threads;
+}
 
 thread_local int own_count = 0;  // without OpenMP, what set_thread_count() said; else OpenMP keeps it, as one a thread
 
 struct Job {
-    int64_t n;
+    int64_t n, threads;
     const std::function<void(int64_t)>& body;
     std::atomic<int64_t> next{0};
     std::exception_ptr error{};
     std::mutex error_mutex{};
 
+#if defined(__SANITIZE_THREAD__)
+    // ThreadSanitizer does not see into the OpenMP runtime, so it is told the two orders that a region gives: what came
+    // before it is before every task, and every task is before what comes after. Between two tasks there is none. They
+    // are dealt in turn here, since one thread may take all of a short region's and would race with nobody.
+    char begun{}, ended{};  // one address each: a thread's end is not before another's beginning
+    std::atomic<int64_t> seats{0};
+
+    void begin() { __tsan_release(&begun); }
     void work() {
+        __tsan_acquire(&begun);
+        int64_t i = seats.fetch_add(1, std::memory_order_relaxed);
+        const int64_t team = have_openmp() ? openmp().team() : threads;
+        run([&] { return std::exchange(i, i + team); });
+        __tsan_release(&ended);
+    }
+    void end() { __tsan_acquire(&ended); }
+#else
+    void begin() {}
+    void work() {
+        run([this] { return next.fetch_add(1, std::memory_order_relaxed); });
+    }
+    void end() {}
+#endif
+
+    template <class Take>
+    void run(Take take) {
         try {
-            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(i);
+            for (int64_t i; (i = take()) < n;) body(i);
         } catch (...) {  // an exception must not cross the OpenMP runtime; bad_alloc of a scratch buffer is
                          // the likely one
             std::lock_guard lock(error_mutex);
@@ -83,7 +118,8 @@ void parallel_for(int64_t n, const std::function<void(int64_t)>& body) {
         for (int64_t i = 0; i < n; ++i) body(i);
         return;
     }
-    Job job{n, body};
+    Job job{n, threads, body};
+    job.begin();
     if (have_openmp()) {
         openmp().parallel([](void* p) { static_cast<Job*>(p)->work(); }, &job, static_cast<unsigned>(threads), 0);
     } else {
@@ -92,6 +128,7 @@ void parallel_for(int64_t n, const std::function<void(int64_t)>& body) {
         job.work();
         for (std::thread& t : others) t.join();
     }
+    job.end();
     if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -262,6 +262,26 @@ CGPT_INLINE vf sqrt(vf x) {
 CGPT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 CGPT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
+// W rows of W 32-bit lanes, transposed in log2(W) rounds: round d exchanges the blocks of d rows by d lanes that lie
+// across each other.
+template <int d>
+CGPT_INLINE void transpose_round(vu (&x)[W]) {
+    vi low, high;
+    for (int i = 0; i < W; ++i) {
+        low[i] = i & d ? W + i - d : i;
+        high[i] = i & d ? W + i : i + d;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+        if (i & d) continue;
+        const vu a = x[i], b = x[i + d];
+        x[i] = __builtin_shuffle(a, b, low);
+        x[i + d] = __builtin_shuffle(a, b, high);
+    }
+    if constexpr (d > 1) transpose_round<d / 2>(x);
+}
+CGPT_INLINE void transpose(vu (&x)[W]) { transpose_round<W / 2>(x); }
+
 // Horizontal sums and maxima in a fixed tree: upper half onto lower half until one lane is left.
 typedef float vf4 __attribute__((vector_size(16)));
 typedef float vf8 __attribute__((vector_size(32)));

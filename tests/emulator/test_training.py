@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cgpt import opening, train
+from cgpt import heap, train
 from cgpt.metrics import read
 from cgpt.model import presets
 from cgpt.recipe import TrainConfig
@@ -30,7 +30,7 @@ def test_the_loss_falls_as_on_a_cpu(tmp_path, monkeypatch, precision):
     monkeypatch.setitem(presets.PRESETS, "nano", NANO)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(opening, "keep_large_buffers", lambda: None)
+    monkeypatch.setattr(heap, "keep_large_buffers", lambda: None)
     write_corpus(tmp_path)
     want = losses(tmp_path / "cpu", precision)
     with emulated():

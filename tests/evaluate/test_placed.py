@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cgpt import cli, opening, placing, train
+from cgpt import cli, heap, placing, train
 from cgpt.checkpoint import open_trained
 from cgpt.errors import InputError
 from cgpt.model import presets
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
         patch.setitem(presets.PRESETS, "wide", WIDE)
         patch.setenv("XDG_CACHE_HOME", str(here / "cache"))
         patch.chdir(here)
-        patch.setattr(opening, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
+        patch.setattr(heap, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
         patch.setattr(placing, "own_memory", lambda: 0)  # grows while tests run
         write_corpus(here)
         torch.set_num_threads(1)
@@ -169,3 +169,11 @@ def test_a_store_that_cannot_be_filled_is_closed(folder, monkeypatch):
     with pytest.raises(InputError, match="no such layer"):
         open_trained(folder / "run")
     assert len(closed) == 1
+
+
+@pytest.mark.parametrize(("place", "kept"), [((), [True]), (PLACES["host"][0], [])], ids=["resident", "streaming"])
+def test_eval_keeps_freed_buffers_unless_layers_stream(folder, capsys, monkeypatch, place, kept):
+    calls = []
+    monkeypatch.setattr(heap, "keep_large_buffers", lambda: calls.append(True))
+    run(capsys, "eval", "run", "--tokens", "16", *place)
+    assert calls == kept

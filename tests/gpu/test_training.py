@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("tyro", reason="the trainer reads its command line with tyro")
 
-from cgpt import opening, train
+from cgpt import heap, train
 from cgpt.metrics import read
 from cgpt.model.presets import PRESETS
 from cgpt.recipe import TrainConfig
@@ -21,7 +21,7 @@ STEPS = 50
 def here(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "nano", NANO)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(opening, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
+    monkeypatch.setattr(heap, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
     write_corpus(tmp_path)
     return tmp_path
 

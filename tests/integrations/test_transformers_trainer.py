@@ -87,8 +87,8 @@ def ours(folder, name, resume=None, **options):
 
 
 KERNELS = {
-    "adamw": "adamw", "attention": "attention_fwd", "cross_entropy": "cross_entropy_total",
-    "gelu_mlp": "gelu_mlp_fwd", "layer_norm": "layer_norm_fwd",
+    "adamw": "adamw", "attention_fwd": "attention", "cross_entropy_total": "cross_entropy",
+    "gelu_mlp_fwd": "gelu_mlp", "gelu_mlp_linear_fwd": "gelu_mlp", "layer_norm_fwd": "layer_norm",
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def calls(monkeypatch):
     def counting(part, kernel):
         return lambda *args: (calls.update([part]), kernel(*args))[1]
 
-    for part, kernel in KERNELS.items():
+    for kernel, part in KERNELS.items():
         monkeypatch.setattr(_native, kernel, counting(part, getattr(_native, kernel)))
     return calls
 

@@ -66,15 +66,18 @@ def test_token_by_token_is_all_at_once(name):
 @pytest.mark.parametrize("name", ["learned", "rotary", "alibi"])
 def test_low_precision_is_as_near_the_truth_as_without_a_cache(name, dtype, bar):
     model = lively(VARIANTS[name], dtype)
-    ids = tokens(model.config, 1, 24)[0][0]
     weights = {key: value.double() for key, value in model.state_dict().items()}
-    truth = gpt_logits(weights, ids[None], model.config)[0, -1]
-    cache = cache_of(model, 1, 24)
-    for t in range(24):
-        row = read(model, cache, (0, t, ids[t : t + 1]))[0]
-    assert row.dtype == dtype
-    assert error(row, truth) < bar
-    assert error(row, truth) < 1.25 * error(whole(model, ids), truth)
+    errors, without = [], []
+    for ids in tokens(model.config, 8, 24)[0]:  # one alone may be lucky: the two round differently
+        truth = gpt_logits(weights, ids[None], model.config)[0, -1]
+        cache = cache_of(model, 1, 24)
+        for t in range(24):
+            row = read(model, cache, (0, t, ids[t : t + 1]))[0]
+        assert row.dtype == dtype
+        errors.append(error(row, truth))
+        without.append(error(whole(model, ids), truth))
+    assert max(errors) < bar
+    assert sum(errors) < 1.25 * sum(without)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

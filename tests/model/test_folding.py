@@ -13,7 +13,7 @@ from cgpt.model.parametrization import CEREBRAS, parametrize
 from cgpt_ext import dispatch
 
 SMALL = replace(CEREBRAS.config, n_layer=3, n_head=4, d_model=96, d_head=24, d_ff=200, vocab_size=211, seq_len=32)
-REFERENCE = {op: "reference" for op in ("attention", "embedding", "gelu_mlp", "layer_norm", "rotary")}
+REFERENCE = {op: "reference" for op in ("attention", "embedding", "gelu_mlp", "layer_norm", "linear", "rotary")}
 
 
 def logits(config, state):

@@ -328,8 +328,9 @@ def test_bad_packed_input(arguments, error, message):
 
 def torch_module(module, x):
     """nanoGPT's attention in torch's own parts, on `module`'s parameters."""
-    q, k, v = (y.unflatten(2, (module.n_head, -1)) for y in module.c_attn(x).chunk(3, 2))
-    return module.c_proj(sdpa(q, k, v, True).flatten(2))
+    c_attn, c_proj = ((linear.weight, linear.bias) for linear in (module.c_attn, module.c_proj))
+    q, k, v = (y.unflatten(2, (module.n_head, -1)) for y in F.linear(x, *c_attn).chunk(3, 2))
+    return F.linear(sdpa(q, k, v, True).flatten(2), *c_proj)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -19,7 +19,7 @@ from cgpt.model.cache import Past, Step
 from cgpt.model.config import GPTConfig
 from cgpt.model.init import init_parameter
 from cgpt.model.position import Unmarked, positions_of
-from cgpt_ext import cross_entropy, embedding, gelu_mlp, layer_norm
+from cgpt_ext import cross_entropy, embedding, gelu_mlp, layer_norm, linear
 
 
 class Table(nn.Module):
@@ -40,8 +40,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """(..., in) -> (..., out), times `scale` within the product."""
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight, beta=scale, alpha=scale)
-        return y.view(*x.shape[:-1], -1)
+        return linear(x, self.weight.t(), self.bias, scale)
 
 
 class LayerNorm(nn.Module):
