@@ -152,6 +152,10 @@ def run(command) -> int:
 
         return info(command)
     steps = {Plan: _plan, Fit: _fit, CoordCheck: _coord_check, Eval: _eval, Generate: _generate}
+    if isinstance(command, CoordCheck | Eval | Generate):  # a training run does so once its text is tokenized
+        from cgpt.stream.cores import settle_threads
+
+        settle_threads()
     steps |= {Import: _import, Export: _export, Plot: _plot, Data: _data}
     steps[type(command)](command)
     return 0

@@ -8,7 +8,6 @@ is raised on all.
 
 from __future__ import annotations
 
-import ctypes
 import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import TextIO, TypeVar
 
 import torch
 
-from cgpt import checkpoint, console
+from cgpt import checkpoint, console, heap
 from cgpt.agreement import agree, data_hash, together
 from cgpt.data.loader import Loader, train_val_split
 from cgpt.data.prepare import own_vocab_size
@@ -45,7 +44,7 @@ from cgpt.recipe import (
 )
 from cgpt.saving import Checkpoints
 from cgpt.stream.build import build, check_device
-from cgpt.stream.cores import Cores, take_cores
+from cgpt.stream.cores import Cores, settle_threads, take_cores
 from cgpt.stream.devices import open_device
 from cgpt.stream.executor import Executor
 from cgpt.stream.optimizer import AdamW
@@ -138,7 +137,7 @@ def open_run(job: Job) -> Run:
     implementations = implementations_on(recipe.device)
     placed = place_run(recipe, world)
     if not placed.streams:  # a run that streams counts on freed memory being free
-        keep_large_buffers()
+        heap.keep_large_buffers()
 
     start = None if resumed or recipe.init is None else together(world, lambda: open_weights(recipe.init))
     watched = world.first and console.interactive()
@@ -235,6 +234,8 @@ def settle_down(world: World, device: str) -> Cores:
     cores = take_cores(world.local_rank, world.local_count, None if device == "cpu" else world.local_rank)
     if cores.threads is not None:
         torch.set_num_threads(cores.threads)
+    elif world.local_count == 1:
+        settle_threads()
     return cores
 
 
@@ -274,17 +275,3 @@ def implementations_on(device: str) -> dict[str, str]:
         return {op: dispatch.implementation(op, device) for op in dispatch.TABLE}
     except ValueError as error:
         raise InputError(f"--device: {error}") from error
-
-
-def keep_large_buffers() -> None:
-    """Keeps glibc from giving freed buffers back to the kernel, which would zero and map them anew at every step.
-
-    Page faults of fresh large tensors are a third of a step on a CPU: 1.36 x measured on a 2-core Zen 4. Other C
-    libraries have no mallopt and are left alone.
-    """
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX in malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes; fixes it where it else adapts
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cgpt import cli, opening
+from cgpt import cli, heap
 from cgpt.model import presets
 from nano import NANO, write_corpus
 
@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
         patch.setitem(presets.PRESETS, "nano", NANO)
         patch.setenv("XDG_CACHE_HOME", str(here / "cache"))
         patch.chdir(here)
-        patch.setattr(opening, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
+        patch.setattr(heap, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
         write_corpus(here)
         (here / "other.txt").write_text("the whale and the sea " * 50)
         (here / "rows.jsonl").write_text('{"text": "a ship and a captain"}\n' * 30)

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from cgpt import cli, console, opening, placing, train
+from cgpt import cli, console, heap, placing, train
 from cgpt.data.tokenizer import gpt2
 from cgpt.errors import InputError
 from cgpt.evaluate import write_run as module
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
         patch.setitem(presets.PRESETS, "nano", NANO)
         patch.setenv("XDG_CACHE_HOME", str(here / "cache"))
         patch.chdir(here)
-        patch.setattr(opening, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
+        patch.setattr(heap, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
         patch.setattr(placing, "own_memory", lambda: 0)  # grows while tests run
         write_corpus(here)
         torch.set_num_threads(1)

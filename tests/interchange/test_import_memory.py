@@ -23,10 +23,11 @@ from cgpt.interchange import exporting, importing
 def memory(kind):  # VmHWM: the peak since exec; getrusage's also knows what the parent had
     return int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
+before = memory("VmRSS")  # once: what one work leaves behind, freed or not, counts for the next too
+
 def peak(work, *arguments):
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts anew
-    before = memory("VmRSS")
     work(*arguments)
     print(memory("VmHWM") - before)
 

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from cgpt.stream.cores import launcher, omp_was_set, ranges, take_cores, usable_cores
+from cgpt.stream.cores import launcher, omp_was_set, ranges, settle_threads, take_cores, usable_cores
+from cgpt_ext import _native
 
 ALL = len(os.sched_getaffinity(0))
 
@@ -21,20 +23,89 @@ def machine(tmp_path, line, **files):
     return tmp_path
 
 
+NONE = "max 100000"
+
+
+def share(cores):
+    """cpu.max of a group that is paid so many cores."""
+    return f"{int(cores * 100000)} 100000"
+
+
+def old(cores, folder="a"):
+    """The same for version 1."""
+    path = f"cpu__{folder}__cpu_dot_cfs_".replace("____", "__")
+    return {path + "quota_us": str(int(cores * 100000)), path + "period_us": "100000"}
+
+
 @pytest.mark.parametrize(
     ("line", "files", "wanted"),
     [
-        ("0::/a/b", {"a__b__cpu_dot_max": "max 100000"}, ALL),
-        ("0::/a/b", {"a__b__cpu_dot_max": "100000 100000"}, 1),
-        ("0::/a/b", {"a__cpu_dot_max": "50000 100000", "a__b__cpu_dot_max": "max 100000"}, 1),
-        ("0::/a", {"a__cpu_dot_max": f"{(ALL + 1) * 100000} 100000"}, ALL),
-        ("4:cpu,cpuacct:/a", {"cpu__a__cpu_dot_cfs_quota_us": "100000", "cpu__a__cpu_dot_cfs_period_us": "100000"}, 1),
-        ("4:cpu,cpuacct:/a", {"cpu__a__cpu_dot_cfs_quota_us": "-1", "cpu__a__cpu_dot_cfs_period_us": "100000"}, ALL),
-        ("garbage::", {}, ALL),
+        ("0::/a/b", {"a__b__cpu_dot_max": NONE}, 16),
+        ("0::/a/b", {"a__b__cpu_dot_max": share(1)}, 1),
+        ("0::/a/b", {"a__b__cpu_dot_max": share(2.5)}, 3),  # two would leave half a core unused
+        ("0::/a/b", {"a__b__cpu_dot_max": share(0.1)}, 1),
+        ("0::/a/b", {"a__b__cpu_dot_max": "200000"}, 16),  # no period: nothing that is known
+        ("0::/a/b", {"a__cpu_dot_max": share(0.5), "a__b__cpu_dot_max": NONE}, 1),
+        ("0::/a/b", {"a__cpu_dot_max": share(6), "a__b__cpu_dot_max": share(4)}, 4),
+        ("0::/a/b", {"cpu_dot_max": share(5)}, 5),  # a container that is told the outer path, its own group on top
+        ("0::/../../a", {"a__cpu_dot_max": share(7)}, 7),
+        ("0::/a", {"a__cpu_dot_max": share(17)}, 16),
+        ("0::/a", {}, 16),
+        ("0::/elsewhere", {"a__cpu_dot_max": share(1)}, 16),
+        ("4:cpu,cpuacct:/a", old(1), 1),
+        ("4:cpuacct,cpu:/a", old(1.5), 2),  # cpu is a link to the folder of both
+        ("4:cpu:/a/b", old(3) | old(6, "a__b"), 3),
+        ("4:cpu:/outer", old(2, ""), 2),
+        ("4:cpu,cpuacct:/a", old(-0.00001), 16),  # -1: none
+        ("4:memory:/a", old(1), 16),
+        ("garbage::", {}, 16),
+        ("garbage", {}, 16),
     ],
 )
 def test_quotas(tmp_path, line, files, wanted):
-    assert usable_cores(machine(tmp_path, line, **files), {}) == wanted
+    assert usable_cores(machine(tmp_path, line, **files), {}, Kernel(range(16)).affinity) == wanted
+
+
+def test_affinity_is_less_than_the_quota(tmp_path):
+    root = machine(tmp_path, "0::/a", a__cpu_dot_max=share(4))
+    assert usable_cores(root, {}, Kernel([3, 5]).affinity) == 2
+
+
+@pytest.fixture
+def torch_threads():
+    before = torch.get_num_threads()
+    yield torch
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("begun_with", "environment", "wanted"),
+    [(3, {}, 1), (1, {}, 1), (3, {"OMP_NUM_THREADS": "3"}, 3)],
+)
+def test_threads_are_as_many_as_the_quota_pays_for(tmp_path, torch_threads, begun_with, environment, wanted):
+    root = machine(tmp_path, "0::/a", a__cpu_dot_max=share(1))
+    torch_threads.set_num_threads(begun_with)
+    settle_threads(root, environment)
+    assert torch_threads.get_num_threads() == _native.num_threads() == wanted
+
+
+def test_no_more_threads_than_affinity_allows():
+    code = """
+import os, torch
+from cgpt.stream.cores import settle_threads
+torch.set_num_threads(7)
+settle_threads()
+several = torch.get_num_threads()
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+settle_threads()
+print(several, torch.get_num_threads())
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    several, one = map(int, done.stdout.split())
+    assert several == min(7, usable_cores(environment={}))
+    assert one == 1
 
 
 def test_ranks_share_and_each_has_one(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from cgpt import heap
 from cgpt.errors import InputError
 from cgpt.evaluate import report
 from cgpt.evaluate.eval_flags import Eval
@@ -28,6 +29,8 @@ def run_eval(command: Eval, bar: bool, say: Callable[[str], None]) -> None:
         width = Format(command.precision or recipe.precision).working
         cache = cache_bytes(recipe.shape, command.batch_size, recipe.seq_len, width)
     with open_reader(command.run, command.room(), command.batch_size, command.precision, say, cache) as reader:
+        if not reader.store.placement.streams:  # what streams counts on freed memory being free
+            heap.keep_large_buffers()
         wanted = command.data or ((None,) if not names else ())
         texts = [open_text(reader, data, progress=bar) for data in wanted]
         found = {"run": str(command.run), "step": reader.step, "precision": reader.recipe.precision}

@@ -1,8 +1,9 @@
 """Which cores this process may use, and how many threads: OMP_NUM_THREADS=1 of torchrun must starve nobody.
 
 affinity                       taskset, cpuset control groups
-quota of control groups        version 2 cpu.max, version 1 cpu.cfs_quota_us over cpu.cfs_period_us
+quota of control groups        what a container is given of a larger machine; OpenMP does not look at it
 LOCAL_WORLD_SIZE               torchrun's processes on this machine share both, until each has taken cores of its own
+OMP_NUM_THREADS                what the user has said stays
 
 A rank takes its part of the affinity before its threads start:
 
@@ -16,7 +17,6 @@ All ranks take as many, for on the number of threads may hang the order in which
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,20 +108,25 @@ def usable_cores(
     root: Path = Path("/"), environment: Mapping[str, str] = os.environ, affinity: Affinity = os.sched_getaffinity
 ) -> int:
     """At least 1. root: where /proc and /sys are."""
+    from cgpt_ext import machine  # which brings torch; `cgpt train` refuses what makes no run before that
+
     text = environment.get("LOCAL_WORLD_SIZE", "1")
     ranks = int(text) if text.isdigit() and int(text) else 1
-    quota = math.inf
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            parts = [part for part in path.split("/") if part not in ("", "..")]
-            for depth in range(len(parts) + 1):
-                if controllers == "":
-                    quota = min(quota, _quota(root.joinpath("sys/fs/cgroup", *parts[:depth])))
-                elif "cpu" in controllers.split(","):
-                    quota = min(quota, _old_quota(root.joinpath("sys/fs/cgroup/cpu", *parts[:depth])))
-    shared = len(_parents(affinity)) / ranks if ranks > 1 else math.inf  # what is bound to a node may be several ranks'
-    return max(1, int(min(len(affinity(0)), shared, quota / ranks)))
+    own, quota = len(affinity(0)), machine.cores(root)["quota"]
+    shared = len(_parents(affinity)) if ranks > 1 else own  # what is bound to a node may be several ranks'
+    return max(1, min(own, machine.usable(shared, quota) // ranks))
+
+
+def settle_threads(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> None:
+    """Leaves torch, and so our kernels, no more threads than this process's cores carry; for a process that is alone.
+
+    What the user has said with OMP_NUM_THREADS stays, and so does a smaller count, such as of torch.set_num_threads.
+    """
+    import torch
+
+    most = usable_cores(root, environment)
+    if torch.get_num_threads() > most and "OMP_NUM_THREADS" not in environment:
+        torch.set_num_threads(most)
 
 
 def omp_was_set(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> bool:
@@ -204,17 +209,3 @@ def _bind(cpus: Collection[int]) -> None:
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError):  # one that has just ended
             os.sched_setaffinity(int(task), cpus)
-
-
-def _quota(group: Path) -> float:
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (group / "cpu.max").read_text().split()
-        return int(quota) / int(period)  # "max": no quota
-    return math.inf
-
-
-def _old_quota(group: Path) -> float:
-    with contextlib.suppress(OSError, ValueError):
-        quota = int((group / "cpu.cfs_quota_us").read_text())
-        return quota / int((group / "cpu.cfs_period_us").read_text()) if quota > 0 else math.inf
-    return math.inf
