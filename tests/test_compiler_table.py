@@ -1,6 +1,7 @@
 """bench/compiler_table.py: what it reads, what it refuses, and the built kernels against the committed table."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -140,5 +141,7 @@ def test_the_built_kernels_are_the_committed_table(monkeypatch):
         module = compiler_table.built_module()
         nvcc, rows = compiler_table.nvcc_version(), compiler_table.kernel_rows(module)
     except Problem as problem:
+        if os.environ.get("CGPT_CUDA") == "1":  # as CI insists on the kernels
+            raise
         pytest.skip(str(problem))
     assert compiler_table.check(nvcc, rows) == []

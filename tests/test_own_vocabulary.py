@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cgpt import cli, opening, train
+from cgpt import cli, heap, train
 from cgpt.checkpoint import open_tokenizer, open_trained
 from cgpt.data.loader import Loader, train_val_split
 from cgpt.data.shards import open_dataset
@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(presets.PRESETS, "nano", NANO)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(opening, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
+    monkeypatch.setattr(heap, "keep_large_buffers", lambda: None)  # for whole processes, not for a test runner's
     write_corpus(tmp_path)
     assert cli.main(f"data prepare corpus.txt --out own --vocab-size {SIZE}".split()) == 0
     assert "vocab_size 300" in capsys.readouterr().out
