@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cgpt_ext import attention, attention_qkv
+from kinds import KINDS
 
 
 def slices(qkv, shape):
@@ -29,18 +30,20 @@ def sdpa(qkv, shape):
 
 
 @pytest.mark.parametrize("ours", [sliced, packed], ids=["attention", "attention_qkv"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@KINDS
 @pytest.mark.parametrize(
-    "shape", [(2, 1024, 12, 64), (1, 1024, 8, 128), (1, 2048, 32, 80)], ids=lambda s: "x".join(map(str, s))
+    "shape",
+    [(2, 1024, 12, 64), (2, 1024, 12, 128), (1, 1024, 8, 128), (1, 2048, 32, 80)],
+    ids=lambda s: "x".join(map(str, s)),
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_attention(benchmark, versus, direction, shape, dtype, ours):
+def test_attention(benchmark, versus, direction, shape, dtype, isa, ours):
     B, T, H, D = shape
     benchmark.group = f"attention {direction}"
     qkv = torch.randn(B, T, 3 * H * D).to(dtype)
     flops = 2 * B * H * T * T * D  # half of the square
     if direction == "forward":
-        versus(lambda: ours(qkv, shape), {"sdpa": lambda: sdpa(qkv, shape)}, flops=flops)
+        versus(lambda: ours(qkv, shape), {"sdpa": lambda: sdpa(qkv, shape)}, flops=flops, gemm=dtype)
         return
     qkv.requires_grad_()
     dout = torch.randn(B, T, H * D).to(dtype)
@@ -49,4 +52,4 @@ def test_attention(benchmark, versus, direction, shape, dtype, ours):
         out = function(qkv, shape)
         return lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True)
 
-    versus(gradient(ours), {"sdpa": gradient(sdpa)}, flops=2.5 * flops)
+    versus(gradient(ours), {"sdpa": gradient(sdpa)}, flops=2.5 * flops, gemm=dtype)

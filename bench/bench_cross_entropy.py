@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cgpt_ext import cross_entropy
+from kinds import KINDS
 
 
 def make(shape, dtype):
@@ -25,9 +26,9 @@ SHAPE = (2048, 768, 50257)
 
 
 @pytest.mark.benchmark(group="cross_entropy forward+backward")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@KINDS
 @pytest.mark.parametrize("shape", [SHAPE], ids=lambda s: "x".join(map(str, s)))
-def test_cross_entropy(versus, shape, dtype):
+def test_cross_entropy(versus, shape, dtype, isa):
     x, weight, target = make(shape, dtype)
 
     def gradients(loss):
@@ -37,6 +38,7 @@ def test_cross_entropy(versus, shape, dtype):
         gradients(lambda: cross_entropy(x, weight, target)),
         {name: gradients(loss) for name, loss in peers(x, weight, target).items()},
         flops=6 * shape[0] * shape[1] * shape[2],
+        gemm=dtype,
         seconds=15.0,
     )
 

@@ -5,10 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from cgpt_ext import _native, gelu_mlp
+from kinds import KINDS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 ACTIVATIONS = pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-SHAPE = (2048, 768, 3072)
+SHAPE = (2048, 768, 3072)  # the 111M model's
+CASES = {
+    f"{layout}-{activation}": (SHAPE, layout, activation)
+    for layout in ("out_in", "in_out")
+    for activation in ("gelu", "gelu_tanh")
+}
+CASES["2048x2048x8192-in_out-gelu"] = (2048, 2048, 8192), "in_out", "gelu"  # the 1.3B model's
 
 
 def approximate(activation):
@@ -16,11 +23,10 @@ def approximate(activation):
 
 
 @pytest.mark.benchmark(group="gelu_mlp forward+backward")
-@DTYPES
-@ACTIVATIONS
-@pytest.mark.parametrize("layout", ["out_in", "in_out"])
-def test_gelu_mlp(versus, layout, activation, dtype):
-    tokens, d, hidden = SHAPE
+@KINDS
+@pytest.mark.parametrize(("shape", "layout", "activation"), CASES.values(), ids=CASES)
+def test_gelu_mlp(versus, shape, layout, activation, dtype, isa):
+    tokens, d, hidden = shape
     x, b1, b2, dout = (torch.randn(s).to(dtype) for s in ((tokens, d), hidden, d, (tokens, d)))
     w1, w2 = (0.02 * torch.randn(hidden, d)).to(dtype), (0.02 * torch.randn(d, hidden)).to(dtype)
     if layout == "in_out":  # the (in, out) parameters of a Conv1D, seen as (out, in)
@@ -34,13 +40,14 @@ def test_gelu_mlp(versus, layout, activation, dtype):
         lambda: torch.autograd.grad(gelu_mlp(x, w1, b1, w2, b2, activation), leaves, dout),
         {"torch": lambda: torch.autograd.grad(torchs(), leaves, dout)},
         flops=12 * tokens * d * hidden,
+        gemm=dtype,
         seconds=6.0,
     )
 
 
 @pytest.mark.benchmark(group="swiglu forward+backward")
-@DTYPES
-def test_swiglu(versus, dtype):
+@KINDS
+def test_swiglu(versus, dtype, isa):
     tokens, d, hidden = SHAPE
     x, b1, b2, dout = (torch.randn(s).to(dtype) for s in ((tokens, d), 2 * hidden, d, (tokens, d)))
     w1, w2 = (0.02 * torch.randn(2 * hidden, d)).to(dtype), (0.02 * torch.randn(d, hidden)).to(dtype)
@@ -54,6 +61,7 @@ def test_swiglu(versus, dtype):
         lambda: torch.autograd.grad(gelu_mlp(x, w1, b1, w2, b2, "swiglu"), leaves, dout),
         {"torch": lambda: torch.autograd.grad(torchs(), leaves, dout)},
         flops=18 * tokens * d * hidden,
+        gemm=dtype,
         seconds=6.0,
     )
 

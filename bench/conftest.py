@@ -4,15 +4,22 @@ pytest bench -o addopts= --benchmark-only                     prints the tables
 pytest bench -o addopts= --benchmark-only --save-results      also writes bench/results/<device>/<op>.json
 """
 
+import math
 import statistics
 import time
+from contextlib import nullcontext
+from functools import cache
 
 import pytest
+import torch
 
-from cgpt.opening import keep_large_buffers
+from cgpt.heap import keep_large_buffers
+from cgpt_ext import _native, dispatch
 from record import device_name, save
 
 ROWS = pytest.StashKey[dict]()  # op -> its rows
+GEMM_SIZE = 2048, 768, 3072
+GEMM = "torch.mm {} x {} x {}".format(*GEMM_SIZE)
 
 
 def pytest_addoption(parser):
@@ -32,11 +39,19 @@ def versus(benchmark, request):
 
     `peers` maps a name to a callable. Records medians in seconds, the ratio best peer / ours (above 1: we are
     faster), and the rate where `flops`, `bytes` or `tokens` of one call are given. `limits` are timed like the peers
-    and count in no ratio: what the machine can do at best.
+    and count in no ratio: what the machine can do at best. `gemm`, a dtype, has torch's matrix product timed
+    before each of them, so that all find caches that are full of something else, and records what share of its rate we
+    reach. Where the test has a parameter `isa`, `ours` keeps to that.
     """
+    isa = parameters(request).get("isa")
 
-    def measure(ours, peers, *, flops=None, bytes=None, tokens=None, limits=None, seconds=3.0):
-        limits = limits or {}
+    def measure(ours, peers, *, flops=None, bytes=None, tokens=None, limits=None, gemm=None, seconds=3.0):
+        limits = dict(limits or {})
+        if gemm is not None:
+            limits[GEMM] = product(gemm)
+        if isa is not None:
+            benchmark.group = f"{benchmark.group}, our {isa} kernels"
+            peers = {f"{name} on all of the machine": call for name, call in peers.items()}
         calls = {"ours": ours, **peers, **limits}
         for call in calls.values():
             call()
@@ -46,7 +61,14 @@ def versus(benchmark, request):
 
         def run_peers():
             for name in times:
-                times[name].append(timed(calls[name]))
+                if name != GEMM:
+                    time_gemm()
+                    times[name].append(timed(calls[name]))
+            time_gemm()
+
+        def time_gemm():
+            if gemm is not None:
+                times[GEMM].append(timed(calls[GEMM]))
 
         benchmark.pedantic(ours, setup=run_peers, rounds=rounds, warmup_rounds=0)
         row = {"name": request.node.name, "rounds": rounds, "seconds": benchmark.stats.stats.median}
@@ -55,6 +77,11 @@ def versus(benchmark, request):
         row["ratio"] = min(row["peers"].values()) / row["seconds"]
         if limits:
             row["limits"] = {name: medians[name] for name in limits}
+        if isa is not None:
+            row["isa"] = isa
+        if gemm is not None:
+            row["gemm_gflops"] = 2 * math.prod(GEMM_SIZE) / medians[GEMM] / 1e9
+            row["gemm_share"] = flops / row["seconds"] / 1e9 / row["gemm_gflops"]
         if flops:
             row["gflops"] = flops / row["seconds"] / 1e9
         if bytes:
@@ -66,6 +93,29 @@ def versus(benchmark, request):
         request.config.stash[ROWS].setdefault(op, []).append(row)
 
     return measure
+
+
+@pytest.fixture(autouse=True)
+def instructions(request):
+    """Has the kernels of the test's `isa`, where it has one, do the work."""
+    isa = parameters(request).get("isa")
+    if isa is not None and isa not in _native.cpu_isas():
+        pytest.skip(f"no {isa} here")
+    with dispatch.cpu_isa(isa) if isa else nullcontext():
+        yield
+
+
+def parameters(request):
+    return request.node.callspec.params if hasattr(request.node, "callspec") else {}
+
+
+@cache
+def product(dtype):
+    """torch's product of a projection, as a call."""
+    m, k, n = GEMM_SIZE
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    out = torch.empty(m, n, dtype=dtype)
+    return lambda: torch.mm(a, b, out=out)
 
 
 def timed(call):
@@ -84,13 +134,12 @@ def pytest_terminal_summary(terminalreporter, config):
         units = {"gflops": "GFLOP/s", "gigabytes_per_second": "GB/s", "tokens_per_second": "tokens/s"}
         rate = "".join(f"{row[k]:9.1f} {unit}" for k, unit in units.items() if k in row)
         terminalreporter.write_line(
-            f"{row['name']:58} {row['seconds'] * 1e3:10.3f} ms  {peer:18} {row['peers'][peer] * 1e3:10.3f} ms"
-            f"  {row['ratio']:6.2f} x {rate}"
+            f"{row['name']:58} {row['seconds'] * 1e3:10.3f} ms  {peer:26} {row['peers'][peer] * 1e3:10.3f} ms"
+            f"  {row['ratio']:6.2f} x {rate}" + (f" {row['gemm_share']:5.0%} of mm" if "gemm_share" in row else "")
         )
-        if "limits" in row:
-            others = [
-                f"{value / row['seconds']:.2f} x {name}" for name, value in (row["peers"] | row["limits"]).items()
-            ]
+        limits = {name: value for name, value in row.get("limits", {}).items() if name != GEMM}
+        if limits:
+            others = [f"{value / row['seconds']:.2f} x {name}" for name, value in (row["peers"] | limits).items()]
             terminalreporter.write_line("    " + ", ".join(others))
     if config.getoption("--save-results"):
         for op, rows in ops.items():

@@ -93,8 +93,8 @@ def tests(out: Path, dry: bool) -> dict:
     options = ["--collect-only", "-q"] if dry else ["-v", f"--junitxml={out / 'tests.xml'}"]
     if find_spec("xdist") and not dry:  # most of a test's time is a compiler's
         options += ["-n", "6"]
-    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", "--continue-on-collection-errors"]
-    command = [*pytest, *options, *files]
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "gpu"]  # whose plugins may be missing here
+    command = [*pytest, "--tb=short", "--continue-on-collection-errors", *options, *files]
     log = out / "tests.log"
     done = logged(command, log, TESTS, child_environment(dry))
     return {**done, **read_results(log.read_text(errors="replace"))}

@@ -22,7 +22,8 @@ def device_name() -> str:
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         found = re.search(r"model name\s*: (.+)", info)
-        name = f"{found[1] if found else platform.processor()} {_native.cpu_isa()}"
+        vectors = [isa for isa in _native.cpu_isas() if isa not in ("avx512bf16", "amx")]  # those are told below
+        name = f"{found[1] if found else platform.processor()} {vectors[-1]}"
         if "amx_bf16" in info:
             name += " amx"
         elif "avx512_bf16" in info:
@@ -45,9 +46,10 @@ def environment() -> dict:
     }
 
 
-def save(name: str, measured: dict) -> Path:
-    """Writes one file of results; a later run of the same bench on the same device replaces it."""
-    path = RESULTS / device_name() / f"{name}.json"
+def save(name: str, measured: dict, folder: Path | None = None) -> Path:
+    """Writes one file of results; a later run of the same bench on the same device replaces it. folder: for results
+    that are not to be kept."""
+    path = (folder or RESULTS / device_name()) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **measured}, indent=1) + "\n")
     return path

@@ -1,79 +1,194 @@
-"""Tokens per second of one training step, against the same model in plain PyTorch, interleaved step by step.
+"""Tokens per second of one training step, against the same model in plain PyTorch and its matrix products alone.
 
     python bench/train_step.py --model 111M --batch-size 2 --seq-len 1024 --precision bf16
+    python bench/train_step.py --model 590M --batch-size 1 --seq-len 2048 --against plain
+    python bench/train_step.py --model 1.3B --batch-size 1 --seq-len 2048 --against none
+    python bench/train_step.py --precision fp32 --isa avx2
 
 Each contender lives in a process of its own, so that neither's allocator, thread pool or settings touch the other's,
-and they step in turns, so that a machine whose speed drifts slows both. Peers: bench/twin.py and, where transformers is
-installed, Hugging Face's GPT2LMHeadModel. Medians go to bench/results/<device>/train_step-<model>.json.
+and they take turns, so that a machine whose speed drifts slows all; the matrix products alone (bench/products.py) take
+turns with them. Who does not step holds its model and nothing else: gradients are dropped and freed memory goes back to
+the kernel, which is why a turn begins with steps that are not timed. Peers: bench/twin.py and, where transformers is
+installed, Hugging Face's GPT2LMHeadModel. Medians go to bench/results/<device>/train_step-<model>[-fp32][-<isa>].json.
+
+--isa holds everybody to the instructions of an older machine, torch, oneDNN and MKL as well as our kernels.
 """
 
 import argparse
+import ctypes
+import importlib.util
 import multiprocessing
+import os
 import resource
 import statistics
+import sys
 import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from cgpt.model.init import init_parameter
 from cgpt.model.presets import PRESETS
-from cgpt.opening import keep_large_buffers
 from cgpt.scaling.flops import matmul_flops_per_token
-from cgpt.stream.build import build
-from cgpt.stream.executor import Executor
-from cgpt.stream.format import Format
-from cgpt.stream.optimizer import AdamW
+from cgpt_ext import _native
+from contenders import HuggingFace, Ours
+from products import Floor
 from record import save
 from twin import TwinTrainer
 
+FLOOR = "its matrix products"
+WARM_UP, TIMED = 2, 2  # steps a turn; a heap that was trimmed takes pages anew in the first, and a few after it
 
-class Ours:
-    def __init__(self, config, precision):
-        keep_large_buffers()
-        _, store = build(config, Format(precision), "cpu")
-        store.initialise(lambda name, tensor: init_parameter(name, tensor, config, seed=0))
-        self.executor, self.optimizer = Executor(store), AdamW(store)
-
-    def step(self, ids, targets):
-        gradients = self.executor.gradients([[(ids, targets)]])
-        self.optimizer.step(gradients, lr=6e-4)
-        return gradients.loss
-
-
-class HuggingFace(TwinTrainer):
-    def __init__(self, config, precision):
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        class Model(GPT2LMHeadModel):
-            def forward(self, ids, targets):
-                logits = super().forward(ids).logits
-                return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-        shape = GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.seq_len,
-            n_embd=config.d_model,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_inner=config.d_ff,
-            activation_function="gelu",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-        self.start(Model(shape), precision)
+# What the libraries are told before they are loaded; they read it once. On AMD's processors MKL takes a kernel for Zen,
+# of AVX2, whatever it is told.
+LIMITS = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "avx512bf16": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+}
 
 
-def worker(pipe, contender, config, precision, batch_size, seq_len, threads):
-    """Answers each message with the seconds of one step and its loss; None ends it."""
+def worker(pipe, contender, isa, batch_size, seq_len, vocab_size, threads):
+    """Answers a number of timed steps with the (seconds, minor page faults, loss) of each and of those before them, and
+    None with what there is to say at the end."""
     torch.set_num_threads(threads)
-    trainer = contender(config, precision)
+    if isa:
+        _native.set_cpu_isa(isa)
+    trainer = contender()
     generator = torch.Generator().manual_seed(0)
-    while pipe.recv():
-        tokens = torch.randint(config.vocab_size, (batch_size, seq_len + 1), generator=generator)
-        start = time.perf_counter()
-        loss = trainer.step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        pipe.send((time.perf_counter() - start, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    resting = 0
+    while timed := pipe.recv():
+        measured = []
+        for _ in range(WARM_UP + timed):
+            tokens = torch.randint(vocab_size, (batch_size, seq_len + 1), generator=generator)
+            ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            faults, start = usage().ru_minflt, time.perf_counter()
+            loss = trainer.step(ids, targets)
+            seconds = time.perf_counter() - start
+            measured.append((seconds, usage().ru_minflt - faults, loss))
+        trainer.rest()
+        give_back()
+        resting = max(resting, resident())
+        pipe.send(measured)
+    told = {"peak_memory_bytes": usage().ru_maxrss * 1024, "resting_memory_bytes": resting}
+    told["torch_capability"] = torch.backends.cpu.get_cpu_capability()
+    if isinstance(trainer, Floor):
+        told["floor"] = trainer.details()
+    pipe.send(told)
+
+
+def usage():
+    return resource.getrusage(resource.RUSAGE_SELF)
+
+
+def give_back():
+    """Has glibc hand freed memory to the kernel; elsewhere there is no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def resident() -> int:
+    """Bytes, where the kernel tells."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+class Contender:
+    """A worker's process, seen from here."""
+
+    def __init__(self, name, make, *given):
+        spawn = multiprocessing.get_context("spawn")
+        self.name, self.seconds, self.faults, self.losses = name, [], [], []
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=worker, args=(theirs, make, *given), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its death is noticed
+
+    def ask(self, message):
+        try:
+            self.pipe.send(message)
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            sys.exit(f"{self.name}: wanted a step, got exit code {self.process.exitcode}")
+
+    def turn(self, timed):
+        measured = self.ask(timed)
+        self.losses += [loss for _, _, loss in measured]
+        self.seconds += [seconds for seconds, _, _ in measured[WARM_UP:]]
+        self.faults += [faults for _, faults, _ in measured[WARM_UP:]]
+
+    def row(self, tokens, flops_per_token):
+        rate = tokens / statistics.median(self.seconds)
+        return {
+            "seconds": self.seconds,
+            "tokens_per_second": rate,
+            "model_flops_per_second": rate * flops_per_token,
+            "first_loss": self.losses[0],
+            "minor_faults": self.faults,
+            **self.ask(None),
+        }
+
+
+def peers(wanted) -> dict[str, type]:
+    """Name -> class of those to measure against; of all that are installed where none is named."""
+    if wanted is None:
+        wanted = ["plain", "transformers"] if importlib.util.find_spec("transformers") else ["plain"]
+    found = {"plain PyTorch": TwinTrainer} if "plain" in wanted else {}
+    if "transformers" in wanted:
+        found[f"transformers {version('transformers')}"] = HuggingFace
+    return found
+
+
+def measure(args) -> dict:
+    """The floor and everybody's rows."""
+    config = PRESETS[args.model].config
+    tokens = args.batch_size * args.seq_len
+    makers = {FLOOR: partial(Floor, tokens=tokens), "cgpt": Ours, **peers(args.against)}
+    given = args.isa, args.batch_size, args.seq_len, config.vocab_size, args.threads
+    with patch.dict(os.environ, LIMITS.get(args.isa, {})):  # for the workers; this process has loaded its libraries
+        everybody = [Contender(name, partial(make, config, args.precision), *given) for name, make in makers.items()]
+    for begin in range(0, args.steps, TIMED):
+        for contender in everybody:
+            contender.turn(min(TIMED, args.steps - begin))
+    rows = {c.name: c.row(tokens, matmul_flops_per_token(config, args.seq_len)) for c in everybody}
+    floor = rows.pop(FLOOR)
+    seconds = statistics.median(floor["seconds"])
+    for row in rows.values():
+        row["of_floor"] = statistics.median(row["seconds"]) / seconds
+    return {
+        "floor_seconds": seconds,
+        "floor_flops_per_second": floor["floor"]["flops"] / seconds,
+        "floor_products": floor["floor"]["products"],
+        "contenders": rows,
+    }
+
+
+def report(measured: dict):
+    print(
+        f"{FLOOR:22} {measured['floor_seconds']:9.3f} s a step"
+        f"  {measured['floor_flops_per_second'] / 1e9:7.1f} GFLOP/s by torch.mm"
+    )
+    ours = measured["contenders"]["cgpt"]["tokens_per_second"]
+    for name, row in measured["contenders"].items():
+        rate, faults = row["tokens_per_second"], statistics.median(row["minor_faults"])
+        print(
+            f"{name:22} {rate:9.1f} tokens/s  {row['model_flops_per_second'] / 1e9:7.1f} model GFLOP/s"
+            f"  {row['of_floor']:5.2f} x the products  {row['peak_memory_bytes'] / 2**30:5.2f} GiB,"
+            f" {row['resting_memory_bytes'] / 2**30:5.2f} at rest  {faults:8.0f} faults a step"
+            f"  cgpt is {ours / rate:5.2f} x"
+        )
 
 
 def main():
@@ -82,59 +197,23 @@ def main():
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--steps", type=int, default=7, help="timed steps each, after two of warm-up")
+    parser.add_argument("--against", nargs="+", choices=["plain", "transformers", "none"], help="default: both")
+    parser.add_argument("--isa", choices=LIMITS, help="an older machine's instructions, for everybody")
+    parser.add_argument("--steps", type=int, default=8, help=f"timed steps each, {TIMED} a turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--out", type=Path, help="a folder for the results instead of bench/results/<device>")
     args = parser.parse_args()
-
-    contenders = {"cgpt": Ours, "plain PyTorch": TwinTrainer}
-    try:
-        import transformers
-
-        contenders[f"transformers {transformers.__version__}"] = HuggingFace
-    except ImportError:
-        pass
-    config = PRESETS[args.model].config
-    spawn = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name, contender in contenders.items():
-        pipes[name], theirs = spawn.Pipe()
-        given = (theirs, contender, config, args.precision, args.batch_size, args.seq_len, args.threads)
-        spawn.Process(target=worker, args=given, daemon=True).start()
-
-    seconds = {name: [] for name in pipes}
-    losses, peak = {}, {}
-    for i in range(args.steps + 2):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            once, loss, kilobytes = pipe.recv()
-            losses.setdefault(name, loss)
-            peak[name] = kilobytes * 1024
-            if i >= 2:
-                seconds[name].append(once)
-    for pipe in pipes.values():
-        pipe.send(None)
-    tokens = args.batch_size * args.seq_len
-    flops = matmul_flops_per_token(config, args.seq_len)
-    rows = {}
-    for name, times in seconds.items():
-        rate = tokens / statistics.median(times)
-        rows[name] = {
-            "seconds": times,
-            "tokens_per_second": rate,
-            "model_flops_per_second": rate * flops,
-            "first_loss": losses[name],
-            "peak_memory_bytes": peak[name],
-        }
-    ours = rows["cgpt"]["tokens_per_second"]
-    for name, row in rows.items():
-        rate = row["tokens_per_second"]
-        print(
-            f"{name:22} {rate:9.1f} tokens/s  {row['model_flops_per_second'] / 1e9:7.1f} model GFLOP/s"
-            f"  {row['peak_memory_bytes'] / 2**30:5.2f} GiB  cgpt is {ours / rate:5.2f} x"
-        )
+    if args.steps < 1:
+        parser.error(f"--steps: wanted 1 or more, got {args.steps}")
+    if args.isa and args.isa not in _native.cpu_isas():
+        parser.error(f"--isa: wanted one of {', '.join(_native.cpu_isas())}, got {args.isa}")
+    measured = measure(args)
+    report(measured)
     if not args.no_save:
-        print("wrote", save(f"train_step-{args.model}", {"settings": vars(args), "contenders": rows}))
+        name = "-".join(filter(None, ["train_step", args.model, args.precision * (args.precision != "bf16"), args.isa]))
+        settings = {key: value for key, value in vars(args).items() if key not in ("no_save", "out")}
+        print("wrote", save(name, {"settings": settings, **measured}, args.out))
 
 
 if __name__ == "__main__":

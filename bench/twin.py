@@ -74,3 +74,7 @@ class TwinTrainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return loss.item()
+
+    def rest(self):
+        """Between two turns: gradients are not the model."""
+        self.optimizer.zero_grad(set_to_none=True)

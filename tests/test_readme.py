@@ -30,6 +30,7 @@ def test_named_drop_ins_exist():
         "LayerNorm",
         "Embedding",
         "GeluMLP",
+        "Linear",
         "CausalSelfAttention",
         "LinearCrossEntropyLoss",
         "clip_grad_norm_",
