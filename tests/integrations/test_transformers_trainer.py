@@ -5,6 +5,7 @@ Both runs are the Trainer's own loop; what differs is one line for the model and
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,9 +31,9 @@ OPTIMIZER = {"lr": 5e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 MADE = {"gpt2": (gpt2, apply_cgpt_kernels_to_gpt2), "llama": (llama, apply_cgpt_kernels_to_llama)}
 
 
-def examples():
+def examples(seed):
     """Sequences that step by 3, one token in eight at random, behind up to three tokens of padding."""
-    draw = torch.Generator().manual_seed(11)
+    draw = torch.Generator().manual_seed(seed)
     made = []
     for n in range(SEQUENCES):
         ids = (torch.randint(VOCAB, (), generator=draw) + 3 * torch.arange(TIME)) % VOCAB
@@ -45,7 +46,7 @@ def examples():
     return made
 
 
-def trainer(folder, model, optimizer=None, **options):
+def trainer(folder, model, optimizer=None, seed=11, **options):
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -64,7 +65,7 @@ def trainer(folder, model, optimizer=None, **options):
         disable_tqdm=True,
         **{"save_strategy": "no", **options},
     )
-    return Trainer(model, arguments, train_dataset=examples(), optimizer_cls_and_kwargs=optimizer)
+    return Trainer(model, arguments, train_dataset=examples(seed), optimizer_cls_and_kwargs=optimizer)
 
 
 def losses(run):
@@ -126,12 +127,16 @@ def test_losses_are_torchs(name, tmp_path, calls):
 
 
 def test_losses_in_bf16(tmp_path):
-    """Autocast, fp32 weights: as far from fp32 as torch's own run in bf16 is."""
-    exact = losses(torchs(tmp_path, "gpt2"))
-    theirs = losses(torchs(tmp_path, "gpt2", bf16=True))
-    mine = losses(ours(tmp_path, "gpt2", bf16=True))
-    assert mine != exact
-    assert largest_difference(mine, exact) < 2 * largest_difference(theirs, exact)
+    """Autocast, fp32 weights: as far from fp32 as torch's own runs in bf16 are.
+
+    Over four runs, since one run's distance is luck: in eight on AVX2 it was 0.6 to 1.3 of torch's, in all 0.93.
+    """
+    squares = Counter()
+    for seed in range(4):
+        exact = np.array(losses(torchs(tmp_path, "gpt2", seed=seed)))
+        for whose, run in (("theirs", torchs), ("mine", ours)):
+            squares[whose] += ((losses(run(tmp_path, "gpt2", seed=seed, bf16=True)) - exact) ** 2).sum()
+    assert 0 < squares["mine"] < 1.5**2 * squares["theirs"]
 
 
 @pytest.mark.parametrize("master", ["fp32", "split"])
@@ -176,5 +181,5 @@ def test_ligers_flag(tmp_path, monkeypatch):
     assert type(run.model.transformer.ln_f) is torch.nn.LayerNorm
     plain = torchs(tmp_path, "gpt2")
     assert losses(run) == pytest.approx(losses(plain), abs=1e-3)
-    evaluated = run.evaluate(examples()[:8])["eval_loss"]
-    assert evaluated == pytest.approx(plain.evaluate(examples()[:8])["eval_loss"], abs=1e-3)
+    evaluated = run.evaluate(examples(11)[:8])["eval_loss"]
+    assert evaluated == pytest.approx(plain.evaluate(examples(11)[:8])["eval_loss"], abs=1e-3)
