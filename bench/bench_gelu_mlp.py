@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cgpt_ext import _native, gelu_mlp
-from kinds import KINDS
+from kinds import KINDS, skip_without_a_peer
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 ACTIVATIONS = pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
@@ -26,6 +26,7 @@ def approximate(activation):
 @KINDS
 @pytest.mark.parametrize(("shape", "layout", "activation"), CASES.values(), ids=CASES)
 def test_gelu_mlp(versus, shape, layout, activation, dtype, isa):
+    skip_without_a_peer(dtype)
     tokens, d, hidden = shape
     x, b1, b2, dout = (torch.randn(s).to(dtype) for s in ((tokens, d), hidden, d, (tokens, d)))
     w1, w2 = (0.02 * torch.randn(hidden, d)).to(dtype), (0.02 * torch.randn(d, hidden)).to(dtype)
@@ -48,6 +49,7 @@ def test_gelu_mlp(versus, shape, layout, activation, dtype, isa):
 @pytest.mark.benchmark(group="swiglu forward+backward")
 @KINDS
 def test_swiglu(versus, dtype, isa):
+    skip_without_a_peer(dtype)
     tokens, d, hidden = SHAPE
     x, b1, b2, dout = (torch.randn(s).to(dtype) for s in ((tokens, d), 2 * hidden, d, (tokens, d)))
     w1, w2 = (0.02 * torch.randn(2 * hidden, d)).to(dtype), (0.02 * torch.randn(d, hidden)).to(dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cgpt_ext import linear
-from kinds import KINDS
+from kinds import KINDS, skip_without_a_peer
 
 
 @pytest.mark.benchmark(group="linear forward+backward")
@@ -18,6 +18,7 @@ from kinds import KINDS
     "shape", [(2048, 768, 2304), (2048, 768, 768), (2048, 2048, 6144)], ids=lambda s: "x".join(map(str, s))
 )
 def test_linear(versus, shape, layout, dtype, isa):
+    skip_without_a_peer(dtype)
     tokens, d_in, d_out = shape
     x, bias, dout = (torch.randn(s).to(dtype) for s in ((tokens, d_in), d_out, (tokens, d_out)))
     weight = (0.02 * torch.randn(d_out, d_in)).to(dtype)
