@@ -47,6 +47,7 @@ def test_cross_entropy(versus, shape, dtype, isa):
 @pytest.mark.benchmark(group="cross_entropy forward, no grad")
 @pytest.mark.parametrize("shape", [SHAPE], ids=lambda s: "x".join(map(str, s)))
 def test_cross_entropy_evaluation(versus, shape):
+    skip_without_a_peer(torch.bfloat16)
     x, weight, target = (t.detach() for t in make(shape, torch.bfloat16))
     versus(
         lambda: cross_entropy(x, weight, target),
@@ -59,6 +60,7 @@ def test_cross_entropy_evaluation(versus, shape):
 @pytest.mark.benchmark(group="torch's GEMM alone: the three products of one step")
 def test_gemm_share(versus):
     """Reads as a ratio: how much of our time torch's own three products, unchunked, would take by themselves."""
+    skip_without_a_peer(torch.bfloat16)
     n, d, v = SHAPE
     x, weight, target = make(SHAPE, torch.bfloat16)
     plain_x, plain_weight = x.detach(), weight.detach()
