@@ -1,4 +1,4 @@
-"""The README's table of measurements, from bench/results and nothing else: `python bench/summary.py`.
+"""The README's tables of measurements, from bench/results and nothing else: `python bench/summary.py [DEVICE]`.
 
 tests/test_readme.py holds the README to it. What has not been measured yet is named beside the table.
 """
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-DEVICE = "amd-epyc-avx512-bf16"
+DEVICE, OLDER_DEVICE = "amd-epyc-avx512-bf16", "amd-epyc-avx2"
 
 AVX2 = "fp32 by our AVX2 kernels, torch on all of the machine"
 
@@ -34,7 +34,24 @@ ROWS = {
     "grad_norm, 95M fp32": "test_grad_norm[2-fp32]",
 }
 
+# and of a machine with neither AVX-512 nor a bf16 product of torch's
+OLDER_ROWS = {
+    "attention forward, causal, (2, 1024, 12, 64) bf16": "test_attention[forward-2x1024x12x64-bf16-attention]",
+    "attention forward, same in fp32": "test_attention[forward-2x1024x12x64-fp32-attention]",
+    "attention backward, same in bf16": "test_attention[backward-2x1024x12x64-bf16-attention]",
+    "attention backward, same in fp32": "test_attention[backward-2x1024x12x64-fp32-attention]",
+    "attention forward, causal, (2, 1024, 12, 128) fp32": "test_attention[forward-2x1024x12x128-fp32-attention]",
+    "attention backward, same at head dim 128": "test_attention[backward-2x1024x12x128-fp32-attention]",
+    "linear + cross-entropy, 2048 x 768 x 50257 fp32, forward + backward": "test_cross_entropy[2048x768x50257-fp32]",
+    "gelu_mlp, 2048 x 768 x 3072 fp32, forward + backward": "test_gelu_mlp[in_out-gelu-fp32]",
+    "gelu_mlp, 2048 x 2048 x 8192 fp32, forward + backward": "test_gelu_mlp[2048x2048x8192-in_out-gelu-fp32]",
+    "linear, 2048 x 768 x 2304 fp32, forward + backward": "test_linear[2048x768x2304-in_out-fp32]",
+    "layer_norm, 2048 x 768 fp32, forward + backward": "test_layer_norm[2048x768-fp32]",
+    "optim.AdamW, 95M fp32 parameters": "test_optimizer[2]",
+}
+
 # results of bench/train_step.py, in the order of the table
+OLDER_STEPS = ["train_step-111M-fp32"]
 STEPS = [
     "train_step-111M",
     "train_step-111M-fp32",
@@ -44,12 +61,17 @@ STEPS = [
 ]
 
 
+def shown(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The rows and steps that a device's table has."""
+    return (OLDER_ROWS, OLDER_STEPS) if folder.name == OLDER_DEVICE else (ROWS, STEPS)
+
+
 def table(folder: Path = RESULTS / DEVICE) -> str:
     """Markdown: ours, the best peer in the same run, and the ratio of the medians. In brackets the share of the rate of
     torch's own matrix product, where the run has timed one."""
-    rows = measured(folder)
+    rows, (wanted, steps) = measured(folder), shown(folder)
     lines = ["| what | ours | torch | ratio |", "|---|---|---|---|"]
-    for what, name in ROWS.items():
+    for what, name in wanted.items():
         if name not in rows:
             continue
         row = rows[name]
@@ -57,7 +79,7 @@ def table(folder: Path = RESULTS / DEVICE) -> str:
         if "gemm_share" in row:
             ours += f" ({row['gemm_share']:.0%} of GEMM)"
         lines.append(f"| {what} | {ours} | {peer} | {row['ratio']:.2f} |")
-    for name in STEPS:
+    for name in steps:
         if (path := folder / f"{name}.json").exists():
             lines += step_lines(json.loads(path.read_text()))
     return "\n".join(lines)
@@ -65,9 +87,9 @@ def table(folder: Path = RESULTS / DEVICE) -> str:
 
 def missing(folder: Path = RESULTS / DEVICE) -> list[str]:
     """Names of what the table would show and nobody has measured."""
-    rows = measured(folder)
-    return [name for name in ROWS.values() if name not in rows] + [
-        name for name in STEPS if not (folder / f"{name}.json").exists()
+    rows, (wanted, steps) = measured(folder), shown(folder)
+    return [name for name in wanted.values() if name not in rows] + [
+        name for name in steps if not (folder / f"{name}.json").exists()
     ]
 
 
@@ -102,6 +124,9 @@ def per_second(tokens: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
-    if absent := missing():
+    device = RESULTS / (sys.argv[1] if len(sys.argv) > 1 else DEVICE)
+    if not device.is_dir():
+        sys.exit(f"wanted one of {', '.join(sorted(p.name for p in RESULTS.glob('*-*')))}, got {device.name}")
+    print(table(device))
+    if absent := missing(device):
         print("not measured:", ", ".join(absent), file=sys.stderr)
