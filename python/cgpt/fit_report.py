@@ -115,7 +115,8 @@ def plot(fitted: Fitted, path: Path) -> Path:
 def _predictions(fitted: Fitted) -> list[dict]:
     """At powers of ten, from the one under the largest budget that was fitted to DECADES above it."""
     top = math.floor(math.log10(_reach(fitted)[1]))
-    found = fitted.predict(10.0 ** np.arange(top, top + DECADES + 1))
+    # Not 10.0**power, of which some machines make 1.0000000000000001e+23.
+    found = fitted.predict(np.array([float(f"1e{power}") for power in range(top, top + DECADES + 1)]))
     rows = []
     for i, flops in enumerate(found.flops):
         row: dict = {"flops": float(flops), "intervals": {}}
